@@ -1,0 +1,171 @@
+//! Images and the disks of VMs.
+
+use crate::{ImageName, VmId};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use std::{collections::BTreeMap, path::PathBuf};
+
+/// How an image's guest is brought up once `bothy-guest` has made its root ready.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum InitStyle {
+    /// PID 1 is handed to the image's own `/sbin/init`.
+    Systemd,
+    /// `bothy-guest` stays PID 1.
+    Agent,
+}
+
+/// Something that must answer before a VM of the image is `ready`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WaitService {
+    /// Its name, for people: `ssh`.
+    pub name: String,
+    /// The TCP port in the guest that must accept a connection.
+    pub port: u16,
+    /// How long it may take, in seconds from launch.
+    pub timeout_s: u32,
+}
+
+/// One file of an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Artifact {
+    /// Its file name in the image's directory.
+    pub file: String,
+    /// Its SHA-256, in lower-case hex.
+    pub sha256: String,
+    /// Its size in bytes.
+    pub size: u64,
+}
+
+/// The manifest of an image: `manifest.json` in its directory is the truth, and no table repeats it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageManifest {
+    /// The format of this file.
+    pub version: u32,
+    /// The image's name.
+    pub name: ImageName,
+    /// `x86_64`.
+    pub architecture: String,
+    /// When it was built.
+    pub created: Timestamp,
+    /// The SHA-256 of the recipe that it was built from.
+    pub recipe_sha256: String,
+    /// How its guest is brought up.
+    pub init: InitStyle,
+    /// The home that the work disk is mounted on: `/root`.
+    pub home: String,
+    /// What must answer before a VM of it is ready.
+    pub wait: Vec<WaitService>,
+    /// The release of its kernel: `6.1.0-56-cloud-amd64`.
+    pub kernel_release: String,
+    /// By role: `rootfs`, `kernel`, `modules`, `system-seed`, `work-seed`.
+    pub artifacts: BTreeMap<String, Artifact>,
+}
+
+/// Asks for one image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageRef {
+    /// Its name.
+    pub image: ImageName,
+}
+
+/// Asks for all images.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListImages {}
+
+/// All images.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageList {
+    /// By name.
+    pub images: Vec<ImageManifest>,
+}
+
+/// Begins a build from a recipe that came with bothy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BuildImage {
+    /// The recipe, and the name of the image it makes.
+    pub recipe: ImageName,
+    /// Build even if an image of the same recipe is there.
+    pub force: bool,
+    /// The user who asks.
+    pub owner: u32,
+}
+
+/// What an image boots: paths that the VMM's user can read and nobody of lesser rights than the image-agent can write.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootSet {
+    /// The image.
+    pub image: ImageName,
+    /// The uncompressed kernel.
+    pub kernel: PathBuf,
+    /// The initramfs with this host's `bothy-guest`.
+    pub initrd: PathBuf,
+    /// How the guest is brought up.
+    pub init: InitStyle,
+    /// The home that the work disk is mounted on.
+    pub home: String,
+    /// What must answer before the VM is ready.
+    pub wait: Vec<WaitService>,
+}
+
+/// Makes the rootfs of a VM ready: the shared read-only base and the VM's own system overlay. Idempotent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PrepareRootfs {
+    /// The VM.
+    pub vm: VmId,
+    /// The image.
+    pub image: ImageName,
+    /// The user that gets the overlay: the VMM's.
+    pub uid: u32,
+    /// The overlay's size in MiB.
+    pub system_mib: u64,
+}
+
+/// The disks of a VM's root.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rootfs {
+    /// The image's rootfs, shared and read-only.
+    pub base: PathBuf,
+    /// The VM's own overlay.
+    pub system: PathBuf,
+}
+
+/// Makes a VM's work disk: a clone of the image's work-seed. Idempotent: a work disk that is there is kept.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PrepareWorkDisk {
+    /// The VM.
+    pub vm: VmId,
+    /// The image.
+    pub image: ImageName,
+    /// The user that gets it: the VMM's.
+    pub uid: u32,
+    /// Its size in MiB; the guest grows the file system to it.
+    pub work_mib: u64,
+}
+
+/// A VM's work disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkDisk {
+    /// The disk.
+    pub path: PathBuf,
+    /// How it was made: `reflink` or `copy`.
+    pub how: String,
+}
+
+/// Removes all disks of a VM. A VM that has none is not an error.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReleaseDisks {
+    /// The VM.
+    pub vm: VmId,
+}
+
+/// Asks for the VMs that have disks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListDisks {}
+
+/// The VMs that have disks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskList {
+    /// Their ids.
+    pub vms: Vec<VmId>,
+}

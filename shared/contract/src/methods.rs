@@ -1,0 +1,226 @@
+//! The method table: every request of the bus, in one place.
+//!
+//! From this table come the typed client, the registration of servers, and the bus server's permissions: a service
+//! that a method does not name as a caller is refused by the server itself.
+
+use crate::{
+    image::{
+        BootSet, BuildImage, DiskList, ImageList, ImageManifest, ImageRef, ListDisks, ListImages,
+        PrepareRootfs, PrepareWorkDisk, ReleaseDisks, Rootfs, WorkDisk,
+    },
+    net::{
+        AcquireLease, Done, GetNetHost, Lease, LeaseList, ListLeases, NetHost, ReleaseLease, SetNat,
+        TeardownNet,
+    },
+    op::{Begun, OpList, OpRecord, OpRef},
+    vm::{
+        CreateVm, DeleteVm, GetVmHost, ListVms, OpenChannel, OpenLog, StartVm, StopVm, Ticket, VmHost,
+        VmList, VmRecord, VmRef,
+    },
+    workspace::{OpenExport, OpenImport, SyncIdentity},
+};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::time::Duration;
+
+/// A host process with an identity on the bus.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Service {
+    /// The HTTP API; the only caller of most methods.
+    Gateway,
+    /// VM lifecycle.
+    Vm,
+    /// Network.
+    Net,
+    /// Images and disks.
+    Image,
+    /// Repositories and identity.
+    Workspace,
+}
+
+impl Service {
+    /// All of them.
+    pub const ALL: [Service; 5] =
+        [Service::Gateway, Service::Vm, Service::Net, Service::Image, Service::Workspace];
+
+    /// Its token in subjects, file names and configuration.
+    pub fn token(self) -> &'static str {
+        match self {
+            Service::Gateway => "gateway",
+            Service::Vm => "vm",
+            Service::Net => "net",
+            Service::Image => "image",
+            Service::Workspace => "workspace",
+        }
+    }
+
+    /// The name of its binary and unit.
+    pub fn binary(self) -> &'static str {
+        match self {
+            Service::Gateway => "bothy-gateway",
+            Service::Vm => "bothy-vm-agent",
+            Service::Net => "bothy-net-agent",
+            Service::Image => "bothy-image-agent",
+            Service::Workspace => "bothy-workspace-agent",
+        }
+    }
+}
+
+/// One method of the bus, as a type without values.
+pub trait Method: Send + Sync + 'static {
+    /// What the caller sends.
+    type Request: Serialize + DeserializeOwned + Send + Sync + 'static;
+    /// What the service answers.
+    type Reply: Serialize + DeserializeOwned + Send + Sync + 'static;
+    /// Who serves it.
+    const SERVICE: Service;
+    /// What it is about.
+    const NOUN: &'static str;
+    /// What it does.
+    const VERB: &'static str;
+    /// Who may call it.
+    const CALLERS: &'static [Service];
+    /// Whether it changes anything: then its reply is remembered by request id, and a repeat gets the same reply.
+    const MUTATING: bool;
+    /// How long a caller waits unless it says otherwise.
+    const TIMEOUT: Duration;
+
+    /// The method as a row of data.
+    fn info() -> MethodInfo {
+        MethodInfo {
+            service: Self::SERVICE,
+            noun: Self::NOUN,
+            verb: Self::VERB,
+            callers: Self::CALLERS,
+            mutating: Self::MUTATING,
+        }
+    }
+}
+
+/// A row of the table as data, for permissions and documentation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MethodInfo {
+    /// Who serves it.
+    pub service: Service,
+    /// What it is about.
+    pub noun: &'static str,
+    /// What it does.
+    pub verb: &'static str,
+    /// Who may call it.
+    pub callers: &'static [Service],
+    /// Whether it changes anything.
+    pub mutating: bool,
+}
+
+macro_rules! methods {
+    ($($(#[$doc:meta])* $name:ident = $service:ident . $noun:ident . $verb:ident
+        ($req:ty) -> $rep:ty, $kind:ident, by [$($caller:ident),*], within $secs:literal s;)*) => {
+        $(
+            $(#[$doc])*
+            #[derive(Debug, Clone, Copy)]
+            pub enum $name {}
+
+            impl Method for $name {
+                type Request = $req;
+                type Reply = $rep;
+                const SERVICE: Service = Service::$service;
+                const NOUN: &'static str = stringify!($noun);
+                const VERB: &'static str = stringify!($verb);
+                const CALLERS: &'static [Service] = &[$(Service::$caller),*];
+                const MUTATING: bool = methods!(@mutating $kind);
+                const TIMEOUT: Duration = Duration::from_secs($secs);
+            }
+        )*
+
+        /// Every method, in the order of this file.
+        pub fn table() -> Vec<MethodInfo> {
+            vec![$($name::info()),*]
+        }
+    };
+    (@mutating changes) => { true };
+    (@mutating reads) => { false };
+}
+
+methods! {
+    /// Gives a VM its place on the network.
+    NetLeaseAcquire = Net.lease.acquire(AcquireLease) -> Lease, changes, by [Vm], within 10 s;
+    /// Takes it back.
+    NetLeaseRelease = Net.lease.release(ReleaseLease) -> Done, changes, by [Vm], within 10 s;
+    /// Lists all places.
+    NetLeaseList = Net.lease.list(ListLeases) -> LeaseList, reads, by [Vm, Gateway], within 5 s;
+    /// Turns NAT on or off.
+    NetNatSet = Net.nat.set(SetNat) -> Done, changes, by [Vm], within 10 s;
+    /// How the network stands.
+    NetHostShow = Net.host.show(GetNetHost) -> NetHost, reads, by [Gateway], within 5 s;
+    /// Removes everything from the kernel.
+    NetHostTeardown = Net.host.teardown(TeardownNet) -> Done, changes, by [Gateway], within 30 s;
+
+    /// Lists the images.
+    ImageListAll = Image.image.list(ListImages) -> ImageList, reads, by [Gateway], within 5 s;
+    /// Shows one image.
+    ImageShow = Image.image.show(ImageRef) -> ImageManifest, reads, by [Gateway], within 5 s;
+    /// What an image boots; makes the initramfs where it is missing.
+    ImageResolve = Image.image.resolve(ImageRef) -> BootSet, reads, by [Vm], within 30 s;
+    /// Begins a build.
+    ImageBuild = Image.image.build(BuildImage) -> Begun, changes, by [Gateway], within 10 s;
+    /// Makes a VM's rootfs ready.
+    ImageRootfsPrepare = Image.rootfs.prepare(PrepareRootfs) -> Rootfs, changes, by [Vm], within 60 s;
+    /// Makes a VM's work disk ready.
+    ImageWorkDiskPrepare = Image.work_disk.prepare(PrepareWorkDisk) -> WorkDisk, changes, by [Vm], within 60 s;
+    /// Removes a VM's disks.
+    ImageDisksRelease = Image.disks.release(ReleaseDisks) -> Done, changes, by [Vm], within 60 s;
+    /// Lists the VMs that have disks.
+    ImageDisksList = Image.disks.list(ListDisks) -> DiskList, reads, by [Vm], within 10 s;
+    /// One operation of the image-agent.
+    ImageOpShow = Image.op.show(OpRef) -> OpRecord, reads, by [Gateway], within 5 s;
+    /// The image-agent's operations, newest first.
+    ImageOpList = Image.op.list(OpList) -> Vec<OpRecord>, reads, by [Gateway], within 5 s;
+    /// Asks an operation of the image-agent to stop and undo itself.
+    ImageOpCancel = Image.op.cancel(OpRef) -> OpRecord, changes, by [Gateway], within 5 s;
+
+    /// Begins a create.
+    VmCreate = Vm.vm.create(CreateVm) -> Begun, changes, by [Gateway], within 10 s;
+    /// Begins a start.
+    VmStart = Vm.vm.start(StartVm) -> Begun, changes, by [Gateway], within 10 s;
+    /// Begins a stop.
+    VmStop = Vm.vm.stop(StopVm) -> Begun, changes, by [Gateway], within 10 s;
+    /// Begins a delete.
+    VmDelete = Vm.vm.delete(DeleteVm) -> Begun, changes, by [Gateway], within 10 s;
+    /// Lists the VMs.
+    VmListAll = Vm.vm.list(ListVms) -> VmList, reads, by [Gateway, Workspace], within 5 s;
+    /// Shows one VM.
+    VmShow = Vm.vm.show(VmRef) -> VmRecord, reads, by [Gateway, Workspace], within 5 s;
+    /// Opens a stream to a port of a guest.
+    VmChannelOpen = Vm.channel.open(OpenChannel) -> Ticket, reads, by [Gateway, Workspace], within 5 s;
+    /// Opens a VM's log.
+    VmLogOpen = Vm.log.open(OpenLog) -> Ticket, reads, by [Gateway], within 5 s;
+    /// What the host can do.
+    VmHostShow = Vm.host.show(GetVmHost) -> VmHost, reads, by [Gateway], within 5 s;
+    /// One operation of the vm-agent.
+    VmOpShow = Vm.op.show(OpRef) -> OpRecord, reads, by [Gateway], within 5 s;
+    /// The vm-agent's operations, newest first.
+    VmOpList = Vm.op.list(OpList) -> Vec<OpRecord>, reads, by [Gateway], within 5 s;
+    /// Asks an operation of the vm-agent to stop and undo itself.
+    VmOpCancel = Vm.op.cancel(OpRef) -> OpRecord, changes, by [Gateway], within 5 s;
+
+    /// Puts the user's identity into a guest.
+    WorkspaceIdentitySync = Workspace.identity.sync(SyncIdentity) -> Done, changes, by [Vm], within 30 s;
+    /// Opens a stream into a guest for a packed repository.
+    WorkspaceImportOpen = Workspace.import.open(OpenImport) -> Ticket, reads, by [Gateway], within 10 s;
+    /// Opens a stream of a guest's changes.
+    WorkspaceExportOpen = Workspace.export.open(OpenExport) -> Ticket, reads, by [Gateway], within 10 s;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn every_method_has_a_subject_of_its_own_and_a_caller() {
+        let table = table();
+        let subjects: BTreeSet<_> = table.iter().map(|m| (m.service, m.noun, m.verb)).collect();
+        assert_eq!(subjects.len(), table.len());
+        assert!(table.iter().all(|m| !m.callers.is_empty() && !m.callers.contains(&m.service)));
+    }
+}

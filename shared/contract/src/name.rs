@@ -1,0 +1,92 @@
+//! Names that people choose. Each is valid by construction: a value of these types has been checked.
+
+use crate::Error;
+use serde::{Deserialize, Serialize};
+use std::{fmt, str::FromStr};
+
+/// Whether `s` is a DNS label as RFC 1123 section 2.1 allows: 1 to 63 of `a-z 0-9 -`, no `-` at either end.
+fn is_label(s: &str) -> bool {
+    (1..=63).contains(&s.len())
+        && s.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+        && !s.starts_with('-')
+        && !s.ends_with('-')
+}
+
+macro_rules! labels {
+    ($($(#[$doc:meta])* $name:ident, $what:literal;)*) => {$(
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+        #[serde(try_from = "String", into = "String")]
+        pub struct $name(String);
+
+        impl $name {
+            /// The name as text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = Error;
+            fn from_str(s: &str) -> Result<Self, Error> {
+                if is_label(s) {
+                    Ok(Self(s.to_owned()))
+                } else {
+                    Err(Error::invalid(format!(concat!("{:?} is not a valid ", $what), s))
+                        .hint("use 1 to 63 of `a-z`, `0-9` and `-`, with no `-` at the start or the end"))
+                }
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = Error;
+            fn try_from(s: String) -> Result<Self, Error> {
+                s.parse()
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(n: $name) -> String {
+                n.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.pad(&self.0)
+            }
+        }
+    )*};
+}
+
+labels! {
+    /// The name of a VM: a DNS label, since it becomes `<name>.vm`.
+    VmName, "VM name";
+    /// The name of an image.
+    ImageName, "image name";
+    /// The host's token in every subject.
+    HostToken, "host token";
+}
+
+impl ImageName {
+    /// The image that is used where none is named.
+    pub fn default_image() -> Self {
+        Self("debian".to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_are_checked() {
+        for good in ["a", "web-1", "0", &"x".repeat(63)] {
+            assert!(good.parse::<VmName>().is_ok(), "{good}");
+        }
+        for bad in ["", "-a", "a-", "A", "a_b", "a.b", "ä", "a b", "a\n", "../x", &"x".repeat(64)] {
+            assert!(bad.parse::<VmName>().is_err(), "{bad:?}");
+            assert!(serde_json::from_value::<VmName>(bad.into()).is_err(), "{bad:?}");
+        }
+    }
+}

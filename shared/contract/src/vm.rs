@@ -1,0 +1,255 @@
+//! VMs: what one asks for, what one gets, and where it stands.
+
+use crate::{Error, ImageName, TicketId, VmId, VmName, net::Lease, workspace::Identity};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+const MIB: u64 = 1 << 20;
+
+/// The size and shape of a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shape {
+    /// Virtual processors, 1 to 64.
+    pub cpus: u32,
+    /// Memory in MiB, 128 to 1 TiB.
+    pub memory_mib: u64,
+    /// The work disk (the guest's home) in MiB.
+    pub work_mib: u64,
+    /// The system overlay (writes to the rootfs) in MiB.
+    pub system_mib: u64,
+}
+
+impl Default for Shape {
+    fn default() -> Self {
+        Self { cpus: 2, memory_mib: 1024, work_mib: 10 * 1024, system_mib: 10 * 1024 }
+    }
+}
+
+impl Shape {
+    /// Checks every number against what a VM can have.
+    pub fn check(&self) -> Result<(), Error> {
+        let range = |what: &str, unit: &str, value: u64, min: u64, max: u64| {
+            if (min..=max).contains(&value) {
+                Ok(())
+            } else {
+                Err(Error::invalid(format!("{value}{unit} is not a valid {what}"))
+                    .hint(format!("give {min} to {max}{unit}")))
+            }
+        };
+        range("number of cpus", "", self.cpus.into(), 1, 64)?;
+        range("memory size", " MiB", self.memory_mib, 128, MIB)?;
+        range("work disk size", " MiB", self.work_mib, 64, 4 * MIB)?;
+        range("system disk size", " MiB", self.system_mib, 64, 4 * MIB)
+    }
+}
+
+/// What `vm create` asks for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmSpec {
+    /// The name; a free one is chosen where none is given.
+    #[serde(default)]
+    pub name: Option<VmName>,
+    /// The image to boot.
+    pub image: ImageName,
+    /// Size and shape.
+    #[serde(default)]
+    pub shape: Shape,
+    /// Whether the guest may reach the outside through the host.
+    #[serde(default)]
+    pub nat: bool,
+    /// The user's public identity, put into the guest once its agent answers.
+    #[serde(default)]
+    pub identity: Identity,
+}
+
+/// Begins a create.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CreateVm {
+    /// What is wanted.
+    pub spec: VmSpec,
+    /// The user it will belong to, as the gateway saw it.
+    pub owner: u32,
+}
+
+/// Where a VM stands. The vm-agent's `lifecycle` module has the diagram of who moves what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VmState {
+    /// Its create is running.
+    Creating,
+    /// Its start is running.
+    Starting,
+    /// Its guest was ready and its VMM lives.
+    Running,
+    /// Its stop is running.
+    Stopping,
+    /// No VMM; disks and lease are kept.
+    Stopped,
+    /// Its delete is running.
+    Deleting,
+    /// Its VMM died unasked, or an undo failed; `reason` says which.
+    Error,
+}
+
+/// A VM as `vm show` gives it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmRecord {
+    /// Its id.
+    pub id: VmId,
+    /// Its name.
+    pub name: VmName,
+    /// The user it belongs to.
+    pub owner: u32,
+    /// Where it stands.
+    pub state: VmState,
+    /// Why it is in that state, where that is not plain.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// The image it boots.
+    pub image: ImageName,
+    /// Size and shape.
+    pub shape: Shape,
+    /// Whether the guest may reach the outside.
+    pub nat: bool,
+    /// Its place on the network, once it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease: Option<Lease>,
+    /// `qemu-microvm`, and how it runs guests: `tcg` or `kvm`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vmm: Option<String>,
+    /// The process id of the VMM while it lives.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vmm_pid: Option<u32>,
+    /// The kernel's boot id in the guest, new at every boot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot_id: Option<String>,
+    /// How the last VMM ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_exit: Option<ExitRecord>,
+    /// When it was created.
+    pub created: Timestamp,
+    /// When it last became ready.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started: Option<Timestamp>,
+}
+
+/// How a VMM process ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExitRecord {
+    /// When.
+    pub at: Timestamp,
+    /// Its exit status, where it exited.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub status: Option<i32>,
+    /// The signal, where one ended it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signal: Option<i32>,
+}
+
+/// Names one VM by id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmRef {
+    /// The VM.
+    pub vm: VmId,
+}
+
+/// Begins a stop.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StopVm {
+    /// The VM.
+    pub vm: VmId,
+    /// How long the guest may take to power off before it is killed, in milliseconds.
+    pub grace_ms: u64,
+}
+
+/// Begins a delete.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeleteVm {
+    /// The VM.
+    pub vm: VmId,
+    /// Delete it even while it runs (it is killed, not shut down).
+    pub force: bool,
+}
+
+/// Begins a start. The identity is synced again, since it may have changed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StartVm {
+    /// The VM.
+    pub vm: VmId,
+    /// The user's public identity.
+    #[serde(default)]
+    pub identity: Identity,
+}
+
+/// Asks for all VMs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListVms {}
+
+/// The VMs, oldest first.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmList {
+    /// All of them.
+    pub vms: Vec<VmRecord>,
+}
+
+/// Asks for a raw stream to a numbered port of a guest (see the `bothy-guest-proto` crate for the ports).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpenChannel {
+    /// The VM.
+    pub vm: VmId,
+    /// The port.
+    pub port: u32,
+}
+
+/// Which log of a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LogSource {
+    /// What the guest wrote to its serial console.
+    Console,
+    /// What the VMM and its holder wrote.
+    Vmm,
+}
+
+/// Asks for a log of a VM as a stream.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpenLog {
+    /// The VM.
+    pub vm: VmId,
+    /// Which log.
+    pub source: LogSource,
+    /// Go on as the log grows, until the VM ends or the reader goes.
+    #[serde(default)]
+    pub follow: bool,
+}
+
+/// A ticket: connect to `socket`, present `ticket`, and the stream is open. It is good once, and for 30 seconds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ticket {
+    /// The issuing service's stream socket.
+    pub socket: PathBuf,
+    /// The secret.
+    pub ticket: TicketId,
+}
+
+/// Asks what the host can do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GetVmHost {}
+
+/// What the vm-agent found out about this host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmHost {
+    /// `qemu-microvm`.
+    pub driver: String,
+    /// The VMM's version.
+    pub vmm_version: String,
+    /// `kvm` or `tcg`.
+    pub accelerator: String,
+    /// Why that accelerator: what was tried and how it went.
+    pub accelerator_reason: String,
+    /// VMs whose VMM lives.
+    pub running: u32,
+    /// All VMs.
+    pub total: u32,
+}
