@@ -1,1 +1,18 @@
-//! e
+//! Private hosts of bothy for tests, demos and benches: real binaries, a real bus, real guests, in a network namespace
+//! and directories of their own.
+//!
+//! - [`host`]: one such host, from `bothy host up` to its end, and commands run on it.
+//! - [`images`]: the default image, built once by bothy itself and shared by all hosts of a checkout.
+//! - [`leak`]: what a host left behind.
+//! - [`otlp`]: a receiver of spans.
+//! - [`repo`]: git repositories to run on.
+//! - [`by_hand`]: the same VM without bothy, to measure against.
+#![expect(clippy::expect_used, clippy::panic, reason = "test support: a failed set-up is a failed test")]
+#![expect(clippy::indexing_slicing, reason = "test support: a record without its field is a failed test")]
+
+// by_hand
+pub mod host;
+pub mod images;
+pub mod leak;
+pub mod otlp;
+pub mod repo;

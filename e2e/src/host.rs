@@ -1,0 +1,350 @@
+//! One private host: `bothy host up` in a namespace of its own, and commands run on it as a user would.
+
+use crate::{
+    images,
+    leak::{Census, Kind, Scope, Thing},
+};
+use bothy_config::Config;
+use bothy_contract::Service;
+use bothy_testkit::{ChildGuard, Netns, TempDir, binary, temp_dir};
+use nix::sys::signal::Signal;
+use std::{
+    ffi::OsStr,
+    os::fd::AsRawFd,
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+/// How long a host may take to come up or go down before the test fails. Generous: two cores may be booting guests.
+const PATIENCE: Duration = Duration::from_secs(90);
+
+/// A host of bothy with a network namespace and directories of its own. Everything goes when it is dropped; a test
+/// that cares how it goes calls [`Host::finish`].
+#[derive(Debug)]
+pub struct Host {
+    /// Where everything is.
+    pub config: Config,
+    up: Option<ChildGuard>,
+    netns: Netns,
+    fresh: Census,
+    environment: Vec<(String, String)>,
+    /// Last, so that it is removed after the processes that work in it are gone.
+    dir: TempDir,
+}
+
+/// What a command printed and how it ended.
+#[derive(Debug)]
+pub struct Ran {
+    /// Its exit status; 128 + n where signal n ended it.
+    pub status: i32,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+impl Ran {
+    fn new(output: Output) -> Self {
+        use std::os::unix::process::ExitStatusExt;
+        let status = output.status.code().or(output.status.signal().map(|s| 128 + s)).unwrap_or(-1);
+        Self {
+            status,
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+
+    /// The same, if it ended well.
+    ///
+    /// # Panics
+    /// With all that it printed, if not.
+    #[track_caller]
+    pub fn ok(self) -> Self {
+        assert_eq!(self.status, 0, "the command failed\n{self:#?}");
+        self
+    }
+
+    /// The JSON that it printed.
+    ///
+    /// # Panics
+    /// If it failed or printed something else.
+    #[track_caller]
+    pub fn json(self) -> serde_json::Value {
+        let ran = self.ok();
+        serde_json::from_str(&ran.stdout).unwrap_or_else(|e| panic!("not JSON: {e}\n{ran:#?}"))
+    }
+}
+
+impl Host {
+    /// A host with the default image in its store, up and ready.
+    pub fn start() -> Self {
+        Self::start_with(&[], |_| {})
+    }
+
+    /// The same, with `environment` for all its processes and `change` applied to its configuration.
+    pub fn start_with(environment: &[(&str, &str)], change: impl FnOnce(&mut Config)) -> Self {
+        Self::start_inside(Netns::new(), environment, change)
+    }
+
+    /// The same inside a namespace that the test has made, with what it put there.
+    pub fn start_inside(
+        netns: Netns,
+        environment: &[(&str, &str)],
+        change: impl FnOnce(&mut Config),
+    ) -> Self {
+        let image = images::default_image();
+        Self::start_in(netns, environment, |config| {
+            images::link_into(&image, config);
+            change(config);
+        })
+    }
+
+    /// A host without any image.
+    pub fn start_bare(environment: &[(&str, &str)], change: impl FnOnce(&mut Config)) -> Self {
+        Self::start_in(Netns::new(), environment, change)
+    }
+
+    fn start_in(netns: Netns, environment: &[(&str, &str)], change: impl FnOnce(&mut Config)) -> Self {
+        let dir = temp_dir();
+        let mut config = configure(dir.path(), &netns);
+        change(&mut config);
+        let environment = environment.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        let mut host = Self { config, up: None, netns, fresh: Census::default(), environment, dir };
+        host.up();
+        host.fresh = host.census();
+        host
+    }
+
+    /// Starts `bothy host up` and waits until the host answers.
+    ///
+    /// # Panics
+    /// If it does not within a minute and a half, with the logs.
+    pub fn up(&mut self) {
+        let toml = self.config.to_toml().expect("a configuration");
+        fs_err::create_dir_all(&self.config.state_dir).expect("the state directory");
+        fs_err::write(self.config.state_dir.join("bothy.toml"), toml).expect("bothy.toml");
+        let mut command = self.command("bothy");
+        command.args(["host", "up", "--state"]).arg(&self.config.state_dir);
+        let log = fs_err::File::create(self.dir.path().join("host-up.log")).expect("a log").into_parts().0;
+        command.stdin(Stdio::null()).stdout(log.try_clone().expect("a handle")).stderr(log);
+        let child = self.netns.spawn(&mut command).expect("`bothy host up`");
+        let mut up = ChildGuard::new(child);
+        let deadline = Instant::now() + PATIENCE;
+        while self.bothy(["host", "status"]).status != 0 {
+            if !up.is_running() || Instant::now() > deadline {
+                panic!("the host did not come up\n{}", self.logs());
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        self.up = Some(up);
+    }
+
+    /// A command inside the namespace, set up to reach this host.
+    pub fn command(&self, binary_name: &str) -> Command {
+        let mut command = Command::new(binary(binary_name));
+        command
+            .env("BOTHY_CONFIG", self.config.state_dir.join("bothy.toml"))
+            .env("XDG_DATA_HOME", self.dir.path().join("home/data"))
+            .env("XDG_STATE_HOME", self.dir.path().join("home/state"))
+            .env("PATH", images::path_with_tools())
+            .envs(self.environment.iter().map(|(k, v)| (k, v)));
+        command
+    }
+
+    /// Starts `command` inside the host's namespace.
+    pub fn spawn(&self, command: &mut Command) -> ChildGuard {
+        ChildGuard::new(self.netns.spawn(command).expect("a child in the namespace"))
+    }
+
+    /// Runs `bothy` with `args` to its end.
+    pub fn bothy<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Ran {
+        self.bothy_in(self.dir.path(), args)
+    }
+
+    /// Runs `bothy` with `args` in directory `cwd`.
+    pub fn bothy_in<S: AsRef<OsStr>>(&self, cwd: &Path, args: impl IntoIterator<Item = S>) -> Ran {
+        let mut command = self.command("bothy");
+        command
+            .args(args)
+            .current_dir(cwd)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let child = self.netns.spawn(&mut command).expect("bothy");
+        Ran::new(child.wait_with_output().expect("its output"))
+    }
+
+    /// Runs `bothy` with `args` in `cwd`, its output straight to this process' own. Returns the exit status.
+    pub fn bothy_live<S: AsRef<OsStr>>(&self, cwd: &Path, args: impl IntoIterator<Item = S>) -> i32 {
+        let mut command = self.command("bothy");
+        command.args(args).current_dir(cwd).stdin(Stdio::null());
+        let mut child = self.netns.spawn(&mut command).expect("bothy");
+        child.wait().expect("its end").code().unwrap_or(-1)
+    }
+
+    /// Creates a VM called `name` and returns its record.
+    #[track_caller]
+    pub fn create(&self, name: &str) -> serde_json::Value {
+        self.bothy(["vm", "create", "--name", name, "--json"]).json();
+        self.bothy(["vm", "show", name, "--json"]).json()
+    }
+
+    /// Runs a shell line in VM `name`.
+    pub fn sh(&self, name: &str, line: &str) -> Ran {
+        self.bothy(["vm", "exec", name, "--", "sh", "-c", line])
+    }
+
+    /// Runs a bash line inside the host's namespace, as a process of the host.
+    pub fn run_bash(&self, line: &str) -> Ran {
+        let mut command = Command::new("bash");
+        command.args(["-c", line]).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = self.netns.spawn(&mut command).expect("bash");
+        Ran::new(child.wait_with_output().expect("its output"))
+    }
+
+    /// A directory for the test's own files, gone with the host.
+    pub fn scratch(&self) -> PathBuf {
+        let dir = self.dir.path().join("scratch");
+        fs_err::create_dir_all(&dir).expect("a scratch directory");
+        dir
+    }
+
+    /// The process ids of a service of this host.
+    pub fn pids_of(&self, program: &str) -> Vec<i32> {
+        let processes = self.census().of(&[Kind::Process]);
+        processes
+            .iter()
+            .filter_map(|p| {
+                let (pid, command_line) = p.what.split_once(' ')?;
+                let argv0 = command_line.split(' ').next()?;
+                (Path::new(argv0).file_name()? == program).then(|| pid.parse().ok())?
+            })
+            .collect()
+    }
+
+    /// Kills a service with SIGKILL; `host up` starts it again.
+    ///
+    /// # Panics
+    /// If it does not run.
+    pub fn kill_service(&self, service: Service) -> i32 {
+        let pid = *self.pids_of(service.binary()).first().expect("the service runs");
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL).expect("to kill it");
+        pid
+    }
+
+    /// Everything of this host that is there now.
+    pub fn census(&self) -> Census {
+        Census::take(&self.scope()).expect("a census")
+    }
+
+    /// What this host may touch.
+    pub fn scope(&self) -> Scope {
+        Scope {
+            netns: netns_path(&self.netns),
+            state_dir: self.config.state_dir.clone(),
+            run_dir: self.config.run_dir.clone(),
+            tap_prefix: self.config.net.tap_prefix.clone(),
+        }
+    }
+
+    /// What is there now and was not when the host had just come up. The warm pool may differ, and so may processes
+    /// that a restart replaced; what is counted is what a VM or an operation can leave.
+    pub fn leaks(&self) -> Vec<Thing> {
+        let services: Vec<&str> = Service::ALL.iter().map(|s| s.binary()).collect();
+        self.census()
+            .since(&self.fresh)
+            .into_iter()
+            .filter(|t| !(t.kind == Kind::Tap && t.what.ends_with("(free)")))
+            .filter(|t| !(t.kind == Kind::Process && services.iter().any(|s| t.what.contains(s))))
+            .collect()
+    }
+
+    /// Waits until nothing is left of VMs and operations: background work such as refilling the pool may take a moment.
+    ///
+    /// # Panics
+    /// With what is left and the logs, after ten seconds.
+    #[track_caller]
+    pub fn assert_no_leaks(&self) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            let leaks = self.leaks();
+            if leaks.is_empty() {
+                return;
+            }
+            if Instant::now() > deadline {
+                let list: Vec<String> = leaks.iter().map(ToString::to_string).collect();
+                panic!("left behind:\n{}\n{}", list.join("\n"), self.logs());
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// Takes the host down as a user would and checks that nothing at all is left but files in its state directory.
+    ///
+    /// # Panics
+    /// With what is left.
+    #[track_caller]
+    pub fn finish(mut self) {
+        self.assert_no_leaks();
+        let down = self.bothy(["host", "down"]);
+        assert_eq!(down.status, 0, "`host down` failed\n{down:#?}\n{}", self.logs());
+        let up = self.up.take().expect("the host was up");
+        drop(up);
+        let kinds = [
+            Kind::Process,
+            Kind::Tap,
+            Kind::Link,
+            Kind::Nftables,
+            Kind::Mount,
+            Kind::LoopDevice,
+            Kind::Socket,
+        ];
+        let left: Vec<String> = self.census().of(&kinds).iter().map(ToString::to_string).collect();
+        assert!(left.is_empty(), "left after `host down`:\n{}\n{}", left.join("\n"), self.logs());
+    }
+
+    /// Every log of this host, the ends of long ones.
+    pub fn logs(&self) -> String {
+        let mut out = String::new();
+        let mut show = |path: &Path| {
+            let text =
+                fs_err::read(path).map(|b| String::from_utf8_lossy(&b).into_owned()).unwrap_or_default();
+            let lines: Vec<&str> = text.lines().collect();
+            let tail = lines.get(lines.len().saturating_sub(30)..).unwrap_or_default().join("\n");
+            out.push_str(&format!("---- {}\n{tail}\n", path.display()));
+        };
+        show(&self.dir.path().join("host-up.log"));
+        for entry in fs_err::read_dir(self.config.state_dir.join("log")).into_iter().flatten().flatten() {
+            show(&entry.path());
+        }
+        out
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        // The ordinary way first, so that even a failed test leaves no VM; what is left in the namespace is killed.
+        if self.up.is_some() {
+            let _ = self.bothy(["host", "down", "--stop-vms"]);
+        }
+        drop(self.up.take());
+        for process in self.census().of(&[Kind::Process]) {
+            if let Some(pid) = process.what.split(' ').next().and_then(|p| p.parse().ok()) {
+                let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL);
+            }
+        }
+    }
+}
+
+fn netns_path(netns: &Netns) -> PathBuf {
+    format!("/proc/{}/fd/{}", std::process::id(), netns.fd().as_raw_fd()).into()
+}
+
+/// The configuration of a private host below `dir`.
+fn configure(dir: &Path, netns: &Netns) -> Config {
+    let mut config = Config::new(dir.join("state"), dir.join("run"));
+    config.bus.port = netns.run(bothy_testkit::free_port);
+    images::configure(&mut config);
+    config
+}

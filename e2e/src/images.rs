@@ -1,0 +1,126 @@
+//! The default image for tests: built once by bothy itself, kept below `target/`, and hard-linked into every host's
+//! store. The image-agent takes a store as it finds it, so a linked image is simply there.
+
+use crate::host::Host;
+use bothy_config::Config;
+use fs_err as fs;
+use nix::fcntl::{Flock, FlockArg};
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+    sync::OnceLock,
+};
+
+/// The workspace's directory.
+pub fn workspace_dir() -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().expect("the workspace above e2e").to_owned()
+}
+
+/// The directory that heavy state is kept in between runs.
+pub fn cache_dir() -> PathBuf {
+    workspace_dir().join("target/bothy")
+}
+
+/// `PATH` with the tools of this checkout in front: the bus server that set-up fetched.
+pub fn path_with_tools() -> OsString {
+    let mut path = OsString::from(workspace_dir().join("target/tools"));
+    if let Some(rest) = std::env::var_os("PATH") {
+        path.push(":");
+        path.push(rest);
+    }
+    path
+}
+
+/// Points `config` at this checkout's recipes, guest binary and bus server.
+pub fn configure(config: &mut Config) {
+    config.image.recipe_dir = workspace_dir().join("guest/images");
+    config.image.guest_binary = workspace_dir().join("target/guest/bothy-guest");
+    let server = workspace_dir().join("target/tools/nats-server");
+    if server.is_file() {
+        config.bus.server = server;
+    }
+}
+
+/// The directory of the default image, built if it is missing or its recipe changed.
+///
+/// # Panics
+/// If the build fails.
+pub fn default_image() -> PathBuf {
+    static IMAGE: OnceLock<PathBuf> = OnceLock::new();
+    IMAGE.get_or_init(build).clone()
+}
+
+/// Only one process builds; the others wait for it. The builder's host shares the cached store with the runs before.
+fn build() -> PathBuf {
+    let cache = cache_dir().join("images");
+    fs::create_dir_all(&cache).expect("the image cache");
+    let lock = fs::File::create(cache.join(".lock")).expect("the cache's lock").into_parts().0;
+    let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, e)| e).expect("the cache's lock");
+    let image = cache.join("debian");
+    // The builder's host has no way out by itself: its downloads go through the namespace that this process is in.
+    let host = Host::start_bare(&[], |config| {
+        config.image.build_netns = Some(format!("/proc/{}/ns/net", std::process::id()).into());
+        if image.is_dir() {
+            link_into(&image, config);
+        }
+    });
+    let status = host.bothy_live(&cache, ["image", "build"]);
+    assert_eq!(status, 0, "the default image could not be built\n{}", host.logs());
+    let store = store_of(&host.config).join("debian");
+    let fresh = fs::read(store.join("manifest.json")).expect("the manifest of the built image");
+    if fs::read(image.join("manifest.json")).ok().as_deref() != Some(&fresh) {
+        let beside = cache.join(".new");
+        let _ = fs::remove_dir_all(&beside);
+        copy_tree(&store, &beside);
+        let _ = fs::remove_dir_all(&image);
+        fs::rename(&beside, &image).expect("the image in its place");
+    }
+    host.finish();
+    image
+}
+
+fn store_of(config: &Config) -> PathBuf {
+    config.service_dir(bothy_contract::Service::Image).join("store/images")
+}
+
+/// Hard-links the image at `image` into the store of the host that `config` describes.
+pub fn link_into(image: &Path, config: &Config) {
+    let name = image.file_name().expect("an image has a name");
+    let service = config.service_dir(bothy_contract::Service::Image);
+    link_tree(image, &store_of(config).join(name));
+    // The path down to the store is one that VMMs may pass, and no more.
+    use std::os::unix::fs::PermissionsExt;
+    let pass = std::fs::Permissions::from_mode(0o711);
+    fs::set_permissions(service, pass).expect("the image-agent's directory");
+}
+
+fn link_tree(from: &Path, to: &Path) {
+    walk(from, to, &|from, to| {
+        // Another file system than the cache's: then a copy.
+        if fs::hard_link(from, to).is_err() {
+            fs::copy(from, to).expect("a copy of an artifact");
+        }
+    });
+}
+
+/// A copy that keeps holes: the disks in an image are mostly that.
+fn copy_tree(from: &Path, to: &Path) {
+    walk(from, to, &|from, to| {
+        let copied = std::process::Command::new("cp").arg("--sparse=always").arg(from).arg(to).status();
+        assert!(copied.expect("cp").success(), "cannot copy {}", from.display());
+    });
+}
+
+fn walk(from: &Path, to: &Path, file: &dyn Fn(&Path, &Path)) {
+    fs::create_dir_all(to).expect("a directory");
+    for entry in fs::read_dir(from).expect("an image's directory") {
+        let entry = entry.expect("an entry");
+        let target = to.join(entry.file_name());
+        if entry.file_type().expect("its type").is_dir() {
+            walk(&entry.path(), &target, file);
+        } else {
+            file(&entry.path(), &target);
+        }
+    }
+}
