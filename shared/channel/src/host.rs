@@ -12,7 +12,6 @@ use std::{
     io,
     sync::Arc,
     task::{Context, Poll, ready},
-    time::Duration,
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt},
@@ -21,12 +20,11 @@ use tokio::{
 
 /// Requests that wait for the guest's session.
 const OPEN_QUEUE: usize = 16;
-/// How long what was written last may take to get to the wire once nobody uses the channel any more.
-const LINGER: Duration = Duration::from_secs(5);
 
 /// Opens streams over one virtio-serial port; clones share it.
 ///
-/// The work is done by a task of its own, which ends when the last clone and the last stream are gone.
+/// The work is done by a task of its own, which ends when the last clone and the last stream are gone; what the guest has
+/// not answered to by then may not have reached it.
 #[derive(Debug, Clone)]
 pub struct Connector {
     opens: mpsc::Sender<Open>,
@@ -102,7 +100,7 @@ struct Driver<T> {
 }
 
 enum Step {
-    Link(io::Result<Event>),
+    Link(Event),
     Lost(io::Error),
 }
 
@@ -111,45 +109,24 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> Driver<T> {
         Self { link: Link::new(io), requests, up, id: 0, live: None }
     }
 
+    /// Runs until the port is gone or nobody uses the channel any more.
     async fn run(mut self) {
-        let why = match self.greet() {
-            Ok(()) => self.serve().await,
-            Err(err) => Some(err),
-        };
-        if let Some(err) = why {
-            tracing::debug!(%err, "the channel is closed");
-            return;
-        }
-        let Self { link, live, requests, .. } = self;
-        drop(requests);
-        let drained = tokio::time::timeout(LINGER, async move {
-            if let Some((feed, mux)) = live {
-                mux.close().await;
-                drop(feed);
-            }
-            link.finish().await;
-        });
-        if drained.await.is_err() {
-            tracing::debug!("the guest does not take what was written last");
-        }
+        let Err(err) = self.serve().await else { return };
+        tracing::debug!(%err, "the channel is closed");
     }
 
-    /// Runs until the port is gone (with the reason) or nobody uses the channel any more.
-    async fn serve(&mut self) -> Option<io::Error> {
+    async fn serve(&mut self) -> io::Result<()> {
+        self.greet()?;
         loop {
             let step = tokio::select! {
-                event = self.link.next() => Step::Link(event),
+                event = self.link.next() => Step::Link(event?),
                 err = streams(&mut self.live, &mut self.requests) => Step::Lost(err),
                 // Connectors hold the receivers, and streams hold connectors.
-                () = self.up.closed() => return None,
+                () = self.up.closed() => return Ok(()),
             };
-            let handled = match step {
-                Step::Link(Ok(event)) => self.on_link(event),
-                Step::Link(Err(err)) => Err(err),
-                Step::Lost(err) => self.lost(&err),
-            };
-            if let Err(err) = handled {
-                return Some(err);
+            match step {
+                Step::Link(event) => self.on_link(event)?,
+                Step::Lost(err) => self.lost(&err)?,
             }
         }
     }

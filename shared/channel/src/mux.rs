@@ -57,13 +57,6 @@ impl Mux {
     pub(crate) fn poll_open(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<yamux::Stream>> {
         self.connection.poll_new_outbound(cx).map_err(to_io)
     }
-
-    /// Hands all that was written to the link and ends the connection.
-    pub(crate) async fn close(mut self) {
-        if let Err(err) = std::future::poll_fn(|cx| self.connection.poll_close(cx)).await {
-            tracing::debug!(%err, "closing a session");
-        }
-    }
 }
 
 impl Drop for Mux {
