@@ -1,1 +1,37 @@
-//! Placeholder.
+//! A git repository as one stream, and the checks on what comes back.
+//!
+//! The CLI uses this crate **as the user**: [`Repository::open`] finds the repository, [`Repository::pack`] writes it
+//! as one tar stream (format in `docs/workspaces.md`), and [`inspect_patch`] judges a patch from a guest, which is
+//! hostile, before anything is written or recommended. The workspace-agent uses only [`Meta`], the first entry of the
+//! stream. Nothing here ever changes the user's repository: `git` runs without hooks, without optional locks and
+//! without the caller's `GIT_*` variables.
+
+mod entries;
+mod git;
+mod lines;
+mod meta;
+mod names;
+mod pack;
+mod patch;
+mod repository;
+
+pub use meta::{FORMAT, META_MAX, Meta, ObjectFormat};
+pub use pack::{PackOptions, PackSummary};
+pub use patch::{MAX_FILES, MAX_INFLATED, MAX_PATCH, PatchSummary, inspect_patch};
+pub use repository::Repository;
+
+/// Names of the entries of a pack. `META` is first; the others follow in this order.
+pub mod entry {
+    /// What the pack is: [`crate::Meta`] as JSON.
+    pub const META: &str = "meta.json";
+    /// The boundary of a shallow clone, as git's own `shallow` file has it; there only for shallow clones.
+    pub const SHALLOW: &str = "shallow";
+    /// The history of HEAD as a git bundle.
+    pub const HISTORY: &str = "history.bundle";
+    /// From HEAD to the index: what was staged.
+    pub const STAGED: &str = "staged.patch";
+    /// From HEAD to the tracked files of the working tree.
+    pub const TRACKED: &str = "tracked.patch";
+    /// The directory of untracked files, where they were asked for.
+    pub const UNTRACKED: &str = "untracked";
+}
