@@ -1,5 +1,7 @@
 //! Both ends over pipes inside one process: what a virtio-serial port does to them, done on purpose.
 
+#![expect(clippy::indexing_slicing, reason = "tests may panic")]
+
 use bothy_channel::{MAX_FRAME, MAX_STREAMS, Stream, guest::Listener, host::Connector};
 use std::{io, time::Duration};
 use tokio::{
