@@ -1,1 +1,126 @@
-fn main() {}
+//! `bothy-image-agent`: images, kernels, seeds and the disks of VMs.
+//!
+//! `serve` (the default) answers on the bus; `build` makes an image without one, for packagers and first set-ups.
+
+mod agent;
+mod build;
+mod clone;
+mod cpio;
+mod disks;
+mod fault;
+mod initramfs;
+mod kernel;
+mod modules;
+mod recipe;
+mod store;
+mod tools;
+
+use agent::Agent;
+use bothy_config::Config;
+use bothy_contract::{Code, Error, ImageName, OpId};
+use clap::{Parser, Subcommand};
+use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+/// Images, kernels, seeds and the disks of VMs.
+#[derive(Debug, Parser)]
+#[command(name = "bothy-image-agent", version)]
+struct Args {
+    /// The host's configuration.
+    #[arg(long, env = bothy_config::PATH_VARIABLE, default_value = bothy_config::DEFAULT_PATH)]
+    config: PathBuf,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Answers on the bus until SIGTERM.
+    Serve,
+    /// Builds an image from the recipe of that name, without a bus.
+    Build {
+        /// The recipe.
+        recipe: ImageName,
+        /// Build even if an image of the same recipe is there.
+        #[arg(long)]
+        force: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let telemetry = bothy_telemetry::init("bothy-image-agent");
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let done = match runtime {
+        Ok(runtime) => runtime.block_on(run(args)),
+        Err(e) => Err(Error::internal("cannot start the runtime", &e)),
+    };
+    let code = match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            tracing::error!(code = %e.code, hint = e.hint.as_deref().unwrap_or_default(), "{e}");
+            ExitCode::FAILURE
+        }
+    };
+    telemetry.shutdown();
+    code
+}
+
+async fn run(args: Args) -> Result<(), Error> {
+    let config = Config::load(&args.config)?;
+    let stop = CancellationToken::new();
+    stop_on_signals(&stop)?;
+    let agent = Agent::open(&config)?;
+    match args.command.unwrap_or(Command::Serve) {
+        Command::Serve => Err(Error::new(Code::Internal, "not served yet")),
+        Command::Build { recipe, force } => build_here(&agent, &recipe, force, stop).await,
+    }
+}
+
+/// Builds with the stages' times in the log.
+async fn build_here(
+    agent: &Agent,
+    name: &ImageName,
+    force: bool,
+    cancel: CancellationToken,
+) -> Result<(), Error> {
+    let (build, current) = agent.build(name, OpId::new())?;
+    if current.is_some() && !force {
+        tracing::info!(image = %name, "an image of this recipe is there");
+        return Ok(());
+    }
+    let progress: build::Progress = Arc::new(|_, _, note| tracing::info!("{note}"));
+    let with = build::Stage { cancel, progress };
+    for stage in build::STAGES {
+        let begun = Instant::now();
+        match build.run(stage, &with).await {
+            Ok(note) => tracing::info!(stage, took_ms = begun.elapsed().as_millis() as u64, "{note}"),
+            Err(e) => {
+                let e = e.context(format!("stage {stage} failed"));
+                return Err(match build.undo().await {
+                    Ok(()) => e,
+                    Err(undo) => {
+                        let both = format!("{}; and its undo failed: {undo}", e.message);
+                        Error { message: both, ..e }
+                    }
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// SIGTERM and SIGINT end the process in order.
+fn stop_on_signals(stop: &CancellationToken) -> Result<(), Error> {
+    use tokio::signal::unix::{SignalKind, signal};
+    for kind in [SignalKind::terminate(), SignalKind::interrupt()] {
+        let mut signals = signal(kind).map_err(|e| Error::internal("cannot wait for signals", &e))?;
+        let stop = stop.clone();
+        tokio::spawn(async move {
+            if signals.recv().await.is_some() {
+                stop.cancel();
+            }
+        });
+    }
+    Ok(())
+}

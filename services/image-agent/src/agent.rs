@@ -1,0 +1,97 @@
+//! What the image-agent owns on disk, put together: the store, the initramfs files, the disks, and the builds.
+
+use crate::{build, disks::Disks, fault, initramfs::Initramfs, recipe::Recipe, store::Store};
+use bothy_config::Config;
+use bothy_contract::{
+    Error, ImageName, Service,
+    image::{BootSet, ImageManifest},
+};
+use std::{
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+/// The image-agent's things.
+#[derive(Debug, Clone)]
+pub(crate) struct Agent {
+    /// The images.
+    pub(crate) store: Store,
+    /// The disks of VMs.
+    pub(crate) disks: Disks,
+    initramfs: Arc<Initramfs>,
+    recipes: PathBuf,
+    netns: Option<PathBuf>,
+}
+
+impl Agent {
+    /// Makes the directories that are not there yet.
+    ///
+    /// # Errors
+    /// A directory cannot be made or swept.
+    pub(crate) fn open(config: &Config) -> Result<Self, Error> {
+        let home = config.service_dir(Service::Image);
+        let (store, disks) = (home.join("store"), home.join("disks"));
+        let initramfs = store.join("initramfs");
+        // VMMs' users go through these to files that they know the names of; the store may be listed by everybody.
+        for (dir, mode) in [
+            (&home, 0o711),
+            (&store, 0o755),
+            (&store.join("images"), 0o755),
+            (&initramfs, 0o755),
+            (&disks, 0o711),
+        ] {
+            fs_err::create_dir_all(dir)
+                .and_then(|()| fs_err::set_permissions(dir, std::fs::Permissions::from_mode(mode)))
+                .map_err(|e| fault::io("cannot make the image-agent's directories", &e))?;
+        }
+        for dir in home.ancestors().skip(1).filter(|d| !passable(d)) {
+            tracing::warn!(
+                dir = %dir.display(),
+                "VMMs' users cannot pass this directory to reach their disks; `chmod o+x` it"
+            );
+        }
+        // Slot n of the network is user uid_base + n (config), and there are no more slots than addresses.
+        let slots = 1_u32.checked_shl(32 - u32::from(config.net.prefix)).unwrap_or(u32::MAX);
+        Ok(Self {
+            store: Store::new(&store),
+            disks: Disks::new(disks, config.vm.uid_base..config.vm.uid_base.saturating_add(slots)),
+            initramfs: Arc::new(Initramfs::new(initramfs, config.image.guest_binary.clone())),
+            recipes: config.image.recipe_dir.clone(),
+            netns: config.image.build_netns.clone(),
+        })
+    }
+
+    /// What `image` boots. Its initramfs is made if it is not there.
+    pub(crate) fn resolve(&self, image: &ImageName) -> Result<BootSet, Error> {
+        let image = self.store.open(image)?;
+        let initrd = self.initramfs.ensure(&image)?;
+        let (_, kernel) = image.artifact("kernel")?;
+        let manifest = image.manifest;
+        Ok(BootSet {
+            image: manifest.name,
+            kernel,
+            initrd,
+            init: manifest.init,
+            home: manifest.home,
+            wait: manifest.wait,
+        })
+    }
+
+    /// A build of the recipe `name`, under way as `id`, and the image that is there if it is one of the same recipe.
+    pub(crate) fn build(
+        &self,
+        name: &ImageName,
+        id: impl std::fmt::Display,
+    ) -> Result<(build::Build, Option<ImageManifest>), Error> {
+        let recipe = Recipe::load(&self.recipes, name)?;
+        let current = self.store.open(name).ok().map(|i| i.manifest);
+        let current = current.filter(|m| m.recipe_sha256 == recipe.sha256);
+        Ok((build::Build::new(name.clone(), recipe, self.store.clone(), self.netns.clone(), id), current))
+    }
+}
+
+/// Whether others may pass `dir`.
+fn passable(dir: &Path) -> bool {
+    fs_err::metadata(dir).is_ok_and(|m| m.permissions().mode() & 0o001 != 0)
+}

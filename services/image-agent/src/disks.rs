@@ -1,0 +1,354 @@
+//! The disks of VMs: `<service>/disks/<vm id>/` with `system.ext4`, `work.ext4` and the base that the first is laid over.
+//!
+//! A disk is made in full under another name, given to the VM's user and renamed: it is there whole or not at all.
+//! From then on only that user's VMM opens it; nothing here ever reads or mounts what a guest wrote. The base is a
+//! hard link to the image's rootfs: an overlay is only valid over the base it was begun with, and the link
+//! keeps that one, and its page cache, when the image is built anew.
+
+use crate::{
+    clone::{How, clone},
+    fault,
+    store::Store,
+};
+use bothy_contract::{
+    Code, Error, ImageName, VmId,
+    image::{Rootfs, WorkDisk},
+};
+use std::{
+    io,
+    ops::Range,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _, fchown},
+    path::{Path, PathBuf},
+};
+
+const SYSTEM: &str = "system.ext4";
+const WORK: &str = "work.ext4";
+const BASE: &str = "rootfs.ext4";
+const MIB: u64 = 1 << 20;
+/// The largest disk, in MiB: as far as the seeds' file systems grow while mounted.
+pub(crate) const MAX_MIB: u64 = 4 << 20;
+
+/// The disks below one directory.
+#[derive(Debug, Clone)]
+pub(crate) struct Disks {
+    dir: PathBuf,
+    /// The users that VMMs run as.
+    uids: Range<u32>,
+}
+
+impl Disks {
+    /// Disks below `dir` for the VMMs' users `uids`.
+    pub(crate) fn new(dir: PathBuf, uids: Range<u32>) -> Self {
+        Self { dir, uids }
+    }
+
+    /// Makes a VM's base and system overlay ready.
+    pub(crate) fn rootfs(
+        &self,
+        store: &Store,
+        vm: VmId,
+        image: &ImageName,
+        uid: u32,
+        mib: u64,
+    ) -> Result<Rootfs, Error> {
+        self.check_uid(uid)?;
+        let home = self.dir.join(vm.to_string());
+        let (base, system) = (home.join(BASE), home.join(SYSTEM));
+        if self.keep(&system, uid, mib)? {
+            return Ok(Rootfs { base: self.base(&base, store, image)?, system });
+        }
+        let image = store.open(image)?;
+        let (seed, from) = image.artifact("system-seed")?;
+        check_size("the system overlay", mib, seed.size)?;
+        let (_, rootfs) = image.artifact("rootfs")?;
+        let failed = |e: io::Error| fault::io(format!("cannot make the system overlay of VM {vm}"), &e);
+        self.make_home(&home).map_err(failed)?;
+        let made = self.make(&from, &system, uid, mib).and_then(|_| link(&rootfs, &base));
+        match made {
+            Ok(base) => Ok(Rootfs { base, system }),
+            Err(e) => {
+                let _ = fs_err::remove_file(&system);
+                self.remove_empty(&home);
+                Err(failed(e))
+            }
+        }
+    }
+
+    /// Makes a VM's work disk ready.
+    pub(crate) fn work(
+        &self,
+        store: &Store,
+        vm: VmId,
+        image: &ImageName,
+        uid: u32,
+        mib: u64,
+    ) -> Result<WorkDisk, Error> {
+        self.check_uid(uid)?;
+        let home = self.dir.join(vm.to_string());
+        let path = home.join(WORK);
+        if self.keep(&path, uid, mib)? {
+            return Ok(WorkDisk { path, how: "kept".to_owned() });
+        }
+        let image = store.open(image)?;
+        let (seed, from) = image.artifact("work-seed")?;
+        check_size("the work disk", mib, seed.size)?;
+        let made = self.make_home(&home).and_then(|()| self.make(&from, &path, uid, mib));
+        let how = made.map_err(|e| {
+            self.remove_empty(&home);
+            fault::io(format!("cannot make the work disk of VM {vm}"), &e)
+        })?;
+        Ok(WorkDisk { path, how: how.word().to_owned() })
+    }
+
+    /// Removes all disks of a VM, if it has any.
+    pub(crate) fn release(&self, vm: VmId) -> Result<(), Error> {
+        match fs_err::remove_dir_all(self.dir.join(vm.to_string())) {
+            Ok(()) => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(e) => Err(fault::io(format!("cannot remove the disks of VM {vm}"), &e)),
+        }
+    }
+
+    /// The VMs that have disks, oldest first.
+    pub(crate) fn list(&self) -> Result<Vec<VmId>, Error> {
+        let failed = |e: &io::Error| fault::io("cannot list the disks", e);
+        let mut vms = Vec::new();
+        for entry in fs_err::read_dir(&self.dir).map_err(|e| failed(&e))? {
+            let name = entry.map_err(|e| failed(&e))?.file_name();
+            vms.extend(name.to_str().and_then(|n| n.parse::<VmId>().ok()));
+        }
+        vms.sort();
+        Ok(vms)
+    }
+
+    /// Removes what a crash left half made. To be called before any request is served.
+    pub(crate) fn sweep(&self) -> Result<(), Error> {
+        for vm in self.list()? {
+            let home = self.dir.join(vm.to_string());
+            let failed = |e: io::Error| fault::io(format!("cannot sweep the disks of VM {vm}"), &e);
+            for entry in fs_err::read_dir(&home).map_err(failed)? {
+                let path = entry.map_err(failed)?.path();
+                if path.file_name().is_some_and(|n| n.as_encoded_bytes().starts_with(b".")) {
+                    fs_err::remove_file(&path).map_err(failed)?;
+                }
+            }
+            self.remove_empty(&home);
+        }
+        Ok(())
+    }
+
+    fn check_uid(&self, uid: u32) -> Result<(), Error> {
+        if self.uids.contains(&uid) {
+            return Ok(());
+        }
+        let (first, end) = (self.uids.start, self.uids.end);
+        Err(Error::invalid(format!("user {uid} is not one of a VMM: they are {first} to {}", end - 1))
+            .hint("`vm.uid_base` must be the same for all services"))
+    }
+
+    /// Whether the disk at `path` is there. Then it is given to `uid`, which may be another one than before.
+    fn keep(&self, path: &Path, uid: u32, mib: u64) -> Result<bool, Error> {
+        let failed = |e: io::Error| fault::io("cannot take up a disk", &e);
+        let meta = match fs_err::symlink_metadata(path) {
+            Ok(meta) => meta,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(e) => return Err(failed(e)),
+        };
+        if meta.len() != mib.saturating_mul(MIB) {
+            let is = meta.len() / MIB;
+            return Err(Error::new(
+                Code::FailedPrecondition,
+                format!("{} is there with {is} MiB, not {mib}", path.display()),
+            )
+            .hint("a VM keeps the sizes it was created with; delete it and create it anew"));
+        }
+        if meta.uid() != uid {
+            std::os::unix::fs::lchown(path, Some(uid), None).map_err(failed)?;
+        }
+        Ok(true)
+    }
+
+    fn base(&self, base: &Path, store: &Store, image: &ImageName) -> Result<PathBuf, Error> {
+        if base.is_file() {
+            return Ok(base.to_owned());
+        }
+        // Linking was not possible when it was made: see `link`.
+        Ok(store.open(image)?.artifact("rootfs")?.1)
+    }
+
+    /// The directory is root's; the VM's user can go through it and see only what is its own.
+    fn make_home(&self, home: &Path) -> io::Result<()> {
+        match fs_err::create_dir(home) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(e),
+            _ => fs_err::set_permissions(home, std::fs::Permissions::from_mode(0o711)),
+        }
+    }
+
+    fn remove_empty(&self, home: &Path) {
+        // One with something in it stays, and that is right.
+        let _ = fs_err::remove_dir(home);
+    }
+
+    fn make(&self, seed: &Path, path: &Path, uid: u32, mib: u64) -> io::Result<How> {
+        let seed = fs_err::File::open(seed)?;
+        let dir = path.parent().unwrap_or(&self.dir);
+        let temp = tempfile::Builder::new()
+            .prefix(".disk-")
+            .permissions(std::fs::Permissions::from_mode(0o600))
+            .tempfile_in(dir)?;
+        let how = clone(seed.file(), temp.as_file(), mib * MIB)?;
+        fchown(temp.as_file(), Some(uid), None)?;
+        temp.persist_noclobber(path).map_err(|e| e.error)?;
+        Ok(how)
+    }
+}
+
+fn check_size(what: &str, mib: u64, seed: u64) -> Result<(), Error> {
+    let least = seed.div_ceil(MIB);
+    if (least..=MAX_MIB).contains(&mib) {
+        return Ok(());
+    }
+    Err(Error::invalid(format!("{what} cannot have {mib} MiB: it must be {least} to {MAX_MIB}")))
+}
+
+/// A hard link to `rootfs` at `base`; where the store is on another file system, `rootfs` itself.
+fn link(rootfs: &Path, base: &Path) -> io::Result<PathBuf> {
+    match fs_err::hard_link(rootfs, base) {
+        Ok(()) => Ok(base.to_owned()),
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(base.to_owned()),
+        Err(e) if e.kind() == io::ErrorKind::CrossesDevices => Ok(rootfs.to_owned()),
+        Err(e) => Err(e),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::tests::plant;
+
+    const UID: u32 = 780_001;
+
+    struct Host {
+        _dir: tempfile::TempDir,
+        root: PathBuf,
+        store: Store,
+        disks: Disks,
+        image: ImageName,
+    }
+
+    fn host_at(dir: tempfile::TempDir, root: PathBuf) -> Host {
+        let store = Store::new(&root.join("store"));
+        let image = plant(&store, "a", MIB).name;
+        let disks = Disks::new(root.join("disks"), 780_000..780_010);
+        fs_err::create_dir(root.join("disks")).unwrap();
+        Host { _dir: dir, root, store, disks, image }
+    }
+
+    fn host() -> Host {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().to_owned();
+        host_at(dir, root)
+    }
+
+    #[test]
+    fn disks_are_the_vms_own_and_asked_for_again_are_the_same() {
+        bothy_testkit::require_root!();
+        let h = host();
+        let vm = VmId::new();
+        let rootfs = h.disks.rootfs(&h.store, vm, &h.image, UID, 16).unwrap();
+        let work = h.disks.work(&h.store, vm, &h.image, UID, 32).unwrap();
+        for (path, mib) in [(&rootfs.system, 16), (&work.path, 32)] {
+            let meta = fs_err::metadata(path).unwrap();
+            assert_eq!((meta.uid(), meta.mode() & 0o777, meta.len()), (UID, 0o600, mib * MIB));
+        }
+        assert_eq!(fs_err::metadata(h.disks.dir.join(vm.to_string())).unwrap().mode() & 0o777, 0o711);
+        fs_err::write(&work.path, "the user's work").unwrap();
+        fs_err::File::options().write(true).open(&work.path).unwrap().set_len(32 * MIB).unwrap();
+        let again = h.disks.work(&h.store, vm, &h.image, UID + 1, 32).unwrap();
+        assert_eq!((again.path.clone(), again.how.as_str()), (work.path, "kept"));
+        assert!(fs_err::read(&again.path).unwrap().starts_with(b"the user's work"));
+        assert_eq!(fs_err::metadata(&again.path).unwrap().uid(), UID + 1);
+        assert_eq!(h.disks.rootfs(&h.store, vm, &h.image, UID, 16).unwrap(), rootfs);
+        assert_eq!(h.disks.list().unwrap(), [vm]);
+        h.disks.release(vm).unwrap();
+        h.disks.release(vm).unwrap();
+        assert_eq!(h.disks.list().unwrap(), []);
+    }
+
+    #[test]
+    fn an_overlay_keeps_its_base_when_the_image_is_built_anew() {
+        bothy_testkit::require_root!();
+        let h = host();
+        let vm = VmId::new();
+        let before = h.disks.rootfs(&h.store, vm, &h.image, UID, 16).unwrap();
+        let inode = fs_err::metadata(&before.base).unwrap().ino();
+        fs_err::remove_dir_all(h.store.dir_of(&h.image)).unwrap();
+        plant(&h.store, "a", 2 * MIB);
+        let after = h.disks.rootfs(&h.store, vm, &h.image, UID, 16).unwrap();
+        assert_eq!(fs_err::metadata(&after.base).unwrap().ino(), inode);
+    }
+
+    #[test]
+    fn what_cannot_be_made_is_refused_and_leaves_nothing() {
+        bothy_testkit::require_root!();
+        let h = host();
+        let vm = VmId::new();
+        let gone: ImageName = "gone".parse().unwrap();
+        for (image, uid, mib, code) in [
+            (&h.image, 0, 16, Code::InvalidArgument),
+            (&h.image, 780_010, 16, Code::InvalidArgument),
+            (&h.image, UID, 0, Code::InvalidArgument),
+            (&h.image, UID, MAX_MIB + 1, Code::InvalidArgument),
+            (&h.image, UID, u64::MAX, Code::InvalidArgument),
+            (&gone, UID, 16, Code::NotFound),
+        ] {
+            assert_eq!(h.disks.rootfs(&h.store, vm, image, uid, mib).unwrap_err().code, code);
+            assert_eq!(h.disks.work(&h.store, vm, image, uid, mib).unwrap_err().code, code);
+        }
+        assert_eq!(h.disks.list().unwrap(), []);
+        h.disks.work(&h.store, vm, &h.image, UID, 16).unwrap();
+        let other = h.disks.work(&h.store, vm, &h.image, UID, 17).unwrap_err();
+        assert_eq!(other.code, Code::FailedPrecondition);
+    }
+
+    #[test]
+    fn a_crash_leaves_nothing_after_the_next_start() {
+        let h = host();
+        let (vm, other) = (VmId::new(), VmId::new());
+        let home = h.disks.dir.join(vm.to_string());
+        fs_err::create_dir(&home).unwrap();
+        fs_err::write(home.join(".disk-abc"), "half").unwrap();
+        fs_err::create_dir(h.disks.dir.join(other.to_string())).unwrap();
+        fs_err::write(h.disks.dir.join(other.to_string()).join(WORK), "whole").unwrap();
+        h.disks.sweep().unwrap();
+        assert_eq!(h.disks.list().unwrap(), [other]);
+    }
+
+    /// A real full disk: a tmpfs that only this thread sees.
+    #[test]
+    fn a_full_disk_is_said_and_leaves_nothing() {
+        bothy_testkit::require_root!();
+        let thread = std::thread::spawn(|| {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+            let private = nix::mount::MsFlags::MS_REC | nix::mount::MsFlags::MS_PRIVATE;
+            let none = None::<&str>;
+            nix::mount::mount(none, "/", none, private, none).unwrap();
+            let dir = tempfile::tempdir().unwrap();
+            let root = dir.path().join("full");
+            fs_err::create_dir(&root).unwrap();
+            let flags = nix::mount::MsFlags::empty();
+            nix::mount::mount(Some("full"), &root, Some("tmpfs"), flags, Some("size=3m")).unwrap();
+            let h = host_at(dir, root.clone());
+            let seed = h.store.dir_of(&h.image).join("work-seed.ext4");
+            fs_err::write(&seed, vec![7; MIB as usize]).unwrap();
+            fs_err::write(root.join("ballast"), vec![7; (MIB + MIB / 2) as usize]).unwrap();
+            let err = h.disks.work(&h.store, VmId::new(), &h.image, UID, 16).unwrap_err();
+            assert_eq!(err.code, Code::ResourceExhausted, "{err}");
+            assert!(err.hint.is_some());
+            assert_eq!(h.disks.list().unwrap(), []);
+            let root = h.root.clone();
+            nix::mount::umount2(&root, nix::mount::MntFlags::MNT_DETACH).unwrap();
+        });
+        thread.join().unwrap();
+    }
+}

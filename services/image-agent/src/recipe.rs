@@ -1,0 +1,237 @@
+//! Recipes: what an image is made of.
+//!
+//! A recipe is a directory with `recipe.toml` and, where the image gets files of ours, a tree `files/` that is laid
+//! over its root. It names no mirror: packages come from where the host's own come. Its digest, over both, is in
+//! the manifest, so an image of an older recipe is told from a current one.
+
+use crate::fault;
+use bothy_contract::{
+    Code, Error, ImageName,
+    image::{InitStyle, WaitService},
+};
+use serde::Deserialize;
+use sha2::{Digest as _, Sha256};
+use std::{
+    io,
+    os::unix::{ffi::OsStrExt as _, fs::PermissionsExt as _},
+    path::{Component, Path, PathBuf},
+};
+
+/// A recipe that has been checked.
+#[derive(Debug, Clone)]
+pub(crate) struct Recipe {
+    /// The text of `recipe.toml`.
+    pub(crate) spec: Spec,
+    /// The tree that is laid over the root, where there is one.
+    pub(crate) files: Option<PathBuf>,
+    /// SHA-256 over the text and the tree.
+    pub(crate) sha256: String,
+}
+
+/// `recipe.toml`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Spec {
+    /// The format: 1.
+    pub(crate) version: u32,
+    /// The release, `bookworm`; the host's own where it is not named.
+    pub(crate) suite: Option<String>,
+    /// How the guest is brought up.
+    pub(crate) init: InitStyle,
+    /// What the work disk is mounted on.
+    pub(crate) home: String,
+    /// The package that depends on the kernel's.
+    pub(crate) kernel: String,
+    /// Packages beside the essential ones.
+    pub(crate) packages: Vec<String>,
+    /// Units that shall never start.
+    #[serde(default)]
+    pub(crate) mask: Vec<String>,
+    /// Paths that are removed from the tree after the packages are in.
+    #[serde(default)]
+    pub(crate) remove: Vec<String>,
+    /// Directories of the home's skeleton that nobody else may enter, relative to the home.
+    #[serde(default)]
+    pub(crate) private: Vec<String>,
+    /// What must answer before a VM is ready.
+    #[serde(default)]
+    pub(crate) wait: Vec<WaitService>,
+}
+
+impl Recipe {
+    /// Reads the recipe `name` below `dir`.
+    ///
+    /// # Errors
+    /// It is not there, or what is wrong with it.
+    pub(crate) fn load(dir: &Path, name: &ImageName) -> Result<Self, Error> {
+        let home = dir.join(name.as_str());
+        let path = home.join("recipe.toml");
+        let text = fs_err::read_to_string(&path).map_err(|e| match e.kind() {
+            io::ErrorKind::NotFound => {
+                Error::not_found(format!("there is no recipe {name} in {}", dir.display()))
+                    .hint("`image.recipe_dir` in `bothy.toml` says where recipes are")
+            }
+            _ => fault::io(format!("cannot read the recipe {name}"), &e),
+        })?;
+        let wrong = |why: String| {
+            Error::new(Code::InvalidArgument, format!("{} is not a valid recipe: {why}", path.display()))
+        };
+        let spec: Spec = toml::from_str(&text).map_err(|e| wrong(e.to_string()))?;
+        spec.check().map_err(wrong)?;
+        let files = home.join("files");
+        let files = files.is_dir().then_some(files);
+        let sha256 = digest(&text, files.as_deref())
+            .map_err(|e| fault::io(format!("cannot read the files of recipe {name}"), &e))?;
+        Ok(Self { spec, files, sha256 })
+    }
+}
+
+impl Spec {
+    /// Checks what the types alone do not. These words go into tools' arguments and paths of the image.
+    fn check(&self) -> Result<(), String> {
+        if self.version != 1 {
+            return Err(format!("version {} is not 1, the one that this bothy knows", self.version));
+        }
+        let word = |s: &str, also: &str| {
+            s.starts_with(|c: char| c.is_ascii_alphanumeric())
+                && s.chars().all(|c| c.is_ascii_alphanumeric() || also.contains(c))
+        };
+        if let Some(bad) = self.suite.iter().find(|s| !word(s, "-.")) {
+            return Err(format!("{bad:?} is not the name of a suite"));
+        }
+        // Debian policy 5.6.1, with `:` for an architecture.
+        if let Some(bad) = self.packages.iter().chain([&self.kernel]).find(|s| !word(s, "+-.:")) {
+            return Err(format!("{bad:?} is not the name of a package"));
+        }
+        if let Some(bad) = self.mask.iter().find(|s| !word(s, "-.@_:\\") || !s.contains('.')) {
+            return Err(format!("{bad:?} is not the name of a unit"));
+        }
+        if !self.home.starts_with('/') || self.home == "/" || inside(&self.home).is_none() {
+            return Err(format!("home {:?} is not an absolute path below the root", self.home));
+        }
+        if let Some(bad) = self.remove.iter().chain(&self.private).find(|p| inside(p).is_none()) {
+            return Err(format!("{bad:?} is not a path within the image"));
+        }
+        if let Some(bad) = self.wait.iter().find(|w| w.port == 0 || w.timeout_s == 0 || w.name.is_empty()) {
+            return Err(format!("wait {:?} needs a name, a port and a timeout_s of 1 or more", bad.name));
+        }
+        Ok(())
+    }
+}
+
+/// `path` without its leading `/`, if it then names something below where it is put and nothing else.
+pub(crate) fn inside(path: &str) -> Option<&Path> {
+    let path = Path::new(path.trim_start_matches('/'));
+    let plain = path.components().all(|c| matches!(c, Component::Normal(_)));
+    (plain && path.components().next().is_some()).then_some(path)
+}
+
+/// All paths below `dir`, parents first, sorted.
+pub(crate) fn walk(dir: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut out = Vec::new();
+    let mut names = Vec::new();
+    for entry in fs_err::read_dir(dir)? {
+        names.push(entry?);
+    }
+    names.sort_by_key(|e| e.file_name());
+    for entry in names {
+        out.push(entry.path());
+        if entry.file_type()?.is_dir() {
+            out.extend(walk(&entry.path())?);
+        }
+    }
+    Ok(out)
+}
+
+fn digest(text: &str, files: Option<&Path>) -> io::Result<String> {
+    let mut sha = Sha256::new();
+    let mut field = |data: &[u8]| {
+        sha.update((data.len() as u64).to_le_bytes());
+        sha.update(data);
+    };
+    field(text.as_bytes());
+    for path in files.map_or(Ok(Vec::new()), walk)? {
+        let name = files.and_then(|f| path.strip_prefix(f).ok()).unwrap_or(&path);
+        field(name.as_os_str().as_bytes());
+        let meta = fs_err::symlink_metadata(&path)?;
+        if meta.is_symlink() {
+            field(fs_err::read_link(&path)?.as_os_str().as_bytes());
+        } else if meta.is_file() {
+            field(&[u8::from(meta.permissions().mode() & 0o100 != 0)]);
+            field(&fs_err::read(&path)?);
+        }
+    }
+    Ok(hex::encode(sha.finalize()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = "version = 1\ninit = 'systemd'\nhome = '/root'\nkernel = 'linux-image-cloud-amd64'\n\
+        packages = ['git', 'g++', 'libc6:amd64']\nmask = ['a@.service']\nremove = ['usr/share/doc']\n\
+        private = ['.ssh']\n[[wait]]\nname = 'ssh'\nport = 22\ntimeout_s = 60\n";
+
+    fn put(text: &str) -> (tempfile::TempDir, ImageName) {
+        let dir = tempfile::tempdir().unwrap();
+        fs_err::create_dir_all(dir.path().join("x/files/etc")).unwrap();
+        fs_err::write(dir.path().join("x/recipe.toml"), text).unwrap();
+        fs_err::write(dir.path().join("x/files/etc/f"), "1").unwrap();
+        (dir, "x".parse().unwrap())
+    }
+
+    #[test]
+    fn the_recipe_that_comes_with_bothy_is_valid() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guest/images");
+        let recipe = Recipe::load(&dir, &ImageName::default_image()).unwrap();
+        assert!(recipe.spec.wait.iter().any(|w| w.port == 22));
+    }
+
+    #[test]
+    fn a_digest_changes_with_text_content_name_and_mode() {
+        let (dir, name) = put(GOOD);
+        let sha = || Recipe::load(dir.path(), &name).unwrap().sha256;
+        let file = dir.path().join("x/files/etc/f");
+        let mut seen = vec![sha()];
+        assert_eq!(sha(), seen[0]);
+        fs_err::write(&file, "2").unwrap();
+        seen.push(sha());
+        fs_err::set_permissions(&file, std::fs::Permissions::from_mode(0o755)).unwrap();
+        seen.push(sha());
+        fs_err::rename(&file, file.with_file_name("g")).unwrap();
+        seen.push(sha());
+        fs_err::write(dir.path().join("x/recipe.toml"), format!("{GOOD}\n")).unwrap();
+        seen.push(sha());
+        let distinct: std::collections::BTreeSet<_> = seen.iter().collect();
+        assert_eq!(distinct.len(), 5);
+    }
+
+    #[test]
+    fn wrong_recipes_are_refused_with_what_is_wrong() {
+        let bad = [
+            ("version = 1", "version = 2", "version 2"),
+            ("'git'", "'--option'", "not the name of a package"),
+            ("'git'", "'git;reboot'", "not the name of a package"),
+            ("linux-image-cloud-amd64", "a b", "not the name of a package"),
+            ("'a@.service'", "'../x.service'", "not the name of a unit"),
+            ("'/root'", "'/'", "home"),
+            ("'/root'", "'/root/../etc'", "home"),
+            ("usr/share/doc", "../../etc", "not a path within"),
+            ("usr/share/doc", "/", "not a path within"),
+            ("port = 22", "port = 0", "needs a name, a port"),
+            ("port = 22", "port = 99999", "99999"),
+            ("init = 'systemd'", "init = 'runit'", "runit"),
+            ("[[wait]]", "colour = 1\n[[wait]]", "colour"),
+            ("version = 1", "version = 1\nsuite = '-x'", "name of a suite"),
+        ];
+        for (from, to, why) in bad {
+            let (dir, name) = put(&GOOD.replacen(from, to, 1));
+            let err = Recipe::load(dir.path(), &name).unwrap_err();
+            assert_eq!(err.code, Code::InvalidArgument, "{to}: {err}");
+            assert!(err.message.contains(why), "{to}: {err}");
+        }
+        let (dir, _) = put(GOOD);
+        let err = Recipe::load(dir.path(), &"gone".parse().unwrap()).unwrap_err();
+        assert_eq!(err.code, Code::NotFound);
+    }
+}

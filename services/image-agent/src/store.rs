@@ -1,0 +1,209 @@
+//! The images of this host: one directory each, `<store>/images/<name>`, whose `manifest.json` is the truth.
+//!
+//! No table repeats what is there, and every request looks anew: an image that is copied or linked in is there, one
+//! that is removed is gone. Everything here is public and read-only, since the VMMs' users read it. A directory
+//! becomes an image by one rename; names with a dot in front are builds under way.
+
+use crate::fault;
+use bothy_contract::{
+    Code, Error, ImageName,
+    image::{Artifact, ImageManifest},
+};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+/// The format of manifests.
+pub(crate) const VERSION: u32 = 1;
+/// The roles that every image has a file for.
+pub(crate) const ROLES: [(&str, &str); 5] = [
+    ("rootfs", "rootfs.ext4"),
+    ("kernel", "vmlinux"),
+    ("modules", "modules.cpio"),
+    ("system-seed", "system-seed.ext4"),
+    ("work-seed", "work-seed.ext4"),
+];
+
+/// The images below one directory.
+#[derive(Debug, Clone)]
+pub(crate) struct Store {
+    images: PathBuf,
+}
+
+/// An image whose files are all there.
+#[derive(Debug, Clone)]
+pub(crate) struct Image {
+    /// Its directory.
+    pub(crate) dir: PathBuf,
+    /// What it says of itself.
+    pub(crate) manifest: ImageManifest,
+}
+
+impl Image {
+    /// The file of `role`.
+    pub(crate) fn artifact(&self, role: &str) -> Result<(&Artifact, PathBuf), Error> {
+        let artifact =
+            self.manifest.artifacts.get(role).ok_or_else(|| {
+                unusable(&self.manifest.name, format!("its manifest has no artifact {role}"))
+            })?;
+        Ok((artifact, self.dir.join(&artifact.file)))
+    }
+}
+
+fn unusable(name: &ImageName, why: impl std::fmt::Display) -> Error {
+    Error::new(Code::FailedPrecondition, format!("image {name} cannot be used: {why}"))
+        .hint(format!("build it again with `bothy image build {name} --force`"))
+}
+
+impl Store {
+    /// The images below `store`.
+    pub(crate) fn new(store: &Path) -> Self {
+        Self { images: store.join("images") }
+    }
+
+    /// The directory of all images.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.images
+    }
+
+    /// The directory of an image, whether it is there or not.
+    pub(crate) fn dir_of(&self, name: &ImageName) -> PathBuf {
+        self.images.join(name.as_str())
+    }
+
+    /// All images by name. One whose manifest cannot be read is left out, and the log says why.
+    pub(crate) fn list(&self) -> Result<Vec<ImageManifest>, Error> {
+        let failed = |e: &io::Error| fault::io("cannot list the images", e);
+        let mut found = Vec::new();
+        for entry in fs_err::read_dir(&self.images).map_err(|e| failed(&e))? {
+            let entry = entry.map_err(|e| failed(&e))?;
+            let Some(name) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else { continue };
+            match self.show(&name) {
+                Ok(manifest) => found.push(manifest),
+                Err(e) => tracing::warn!(image = %name, error = %e, "an image is left out"),
+            }
+        }
+        found.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(found)
+    }
+
+    /// The manifest of one image.
+    pub(crate) fn show(&self, name: &ImageName) -> Result<ImageManifest, Error> {
+        let path = self.dir_of(name).join("manifest.json");
+        let data = fs_err::read(&path).map_err(|e| match e.kind() {
+            io::ErrorKind::NotFound if !self.dir_of(name).exists() => {
+                Error::not_found(format!("there is no image {name}")).hint(format!(
+                    "build it with `bothy image build {name}`; `bothy image list` shows what is there"
+                ))
+            }
+            io::ErrorKind::NotFound => unusable(name, format!("{} is missing", path.display())),
+            _ => fault::io(format!("cannot read the manifest of image {name}"), &e),
+        })?;
+        let manifest: ImageManifest = serde_json::from_slice(&data)
+            .map_err(|e| unusable(name, format!("{} is not a manifest: {e}", path.display())))?;
+        if manifest.version != VERSION || manifest.name != *name {
+            let is = (&manifest.name, manifest.version);
+            return Err(unusable(name, format!("its manifest is that of image {}, version {}", is.0, is.1)));
+        }
+        Ok(manifest)
+    }
+
+    /// One image, every file of it there and of the right size. (The digests were checked when it was made.)
+    pub(crate) fn open(&self, name: &ImageName) -> Result<Image, Error> {
+        let image = Image { dir: self.dir_of(name), manifest: self.show(name)? };
+        for (role, _) in ROLES {
+            let (artifact, path) = image.artifact(role)?;
+            let plain = Path::new(&artifact.file).file_name().is_some_and(|f| *f == *artifact.file);
+            if !plain {
+                return Err(unusable(name, format!("{:?} is not the name of a file", artifact.file)));
+            }
+            let meta = fs_err::symlink_metadata(&path)
+                .map_err(|e| unusable(name, format!("{} is missing ({})", path.display(), e.kind())))?;
+            if !meta.is_file() || meta.len() != artifact.size {
+                let is = format!("{} is torn: {} bytes of {}", path.display(), meta.len(), artifact.size);
+                return Err(unusable(name, is));
+            }
+        }
+        Ok(image)
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use bothy_contract::image::{InitStyle, WaitService};
+
+    /// An image with small files in place of real ones.
+    pub(crate) fn plant(store: &Store, name: &str, size: u64) -> ImageManifest {
+        let name: ImageName = name.parse().unwrap();
+        let dir = store.dir_of(&name);
+        fs_err::create_dir_all(&dir).unwrap();
+        let mut artifacts = std::collections::BTreeMap::new();
+        for (role, file) in ROLES {
+            fs_err::File::create(dir.join(file)).unwrap().set_len(size).unwrap();
+            let artifact = Artifact { file: file.to_owned(), sha256: format!("{role}-{size}"), size };
+            artifacts.insert(role.to_owned(), artifact);
+        }
+        let manifest = ImageManifest {
+            version: VERSION,
+            name,
+            architecture: "x86_64".into(),
+            created: jiff::Timestamp::UNIX_EPOCH,
+            recipe_sha256: "r".into(),
+            init: InitStyle::Systemd,
+            home: "/root".into(),
+            wait: vec![WaitService { name: "ssh".into(), port: 22, timeout_s: 60 }],
+            kernel_release: "6.1".into(),
+            artifacts,
+        };
+        fs_err::write(dir.join("manifest.json"), serde_json::to_vec(&manifest).unwrap()).unwrap();
+        manifest
+    }
+
+    #[test]
+    fn images_are_what_the_directory_holds() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path());
+        let (b, a) = (plant(&store, "b", 10), plant(&store, "a", 10));
+        fs_err::create_dir(store.dir().join(".build-x")).unwrap();
+        fs_err::create_dir(store.dir().join("half")).unwrap();
+        assert_eq!(store.list().unwrap(), [a.clone(), b]);
+        assert_eq!(store.open(&a.name).unwrap().manifest, a);
+        fs_err::remove_dir_all(store.dir_of(&a.name)).unwrap();
+        assert_eq!(store.show(&a.name).unwrap_err().code, Code::NotFound);
+        assert_eq!(store.list().unwrap().len(), 1);
+        let half = store.show(&"half".parse().unwrap()).unwrap_err();
+        assert_eq!(half.code, Code::FailedPrecondition);
+    }
+
+    #[test]
+    fn a_torn_or_missing_file_is_named_with_what_to_do() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path());
+        let name = plant(&store, "a", 10).name;
+        let refused = |why: &str| {
+            let err = store.open(&name).unwrap_err();
+            assert_eq!(err.code, Code::FailedPrecondition);
+            assert!(err.message.contains(why), "{err}");
+            assert!(err.hint.unwrap().contains("bothy image build a --force"));
+        };
+        let seed = store.dir_of(&name).join("work-seed.ext4");
+        fs_err::write(&seed, "torn").unwrap();
+        refused("work-seed.ext4 is torn: 4 bytes of 10");
+        fs_err::remove_file(&seed).unwrap();
+        refused("work-seed.ext4 is missing");
+        std::os::unix::fs::symlink("/etc/passwd", &seed).unwrap();
+        refused("work-seed.ext4 is torn");
+        let mut evil = plant(&store, "a", 10);
+        evil.artifacts.get_mut("kernel").unwrap().file = "../../x".into();
+        let path = store.dir_of(&name).join("manifest.json");
+        fs_err::write(&path, serde_json::to_vec(&evil).unwrap()).unwrap();
+        refused("not the name of a file");
+        evil.name = "other".parse().unwrap();
+        fs_err::write(&path, serde_json::to_vec(&evil).unwrap()).unwrap();
+        refused("that of image other");
+        fs_err::write(&path, "{").unwrap();
+        refused("is not a manifest");
+    }
+}
