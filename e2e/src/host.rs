@@ -203,6 +203,11 @@ impl Host {
         Ran::new(child.wait_with_output().expect("its output"))
     }
 
+    /// Runs `future` inside the host's namespace: processes that it starts are on this host's network.
+    pub fn block_on<F: Future<Output: Send> + Send>(&self, future: F) -> F::Output {
+        self.netns.block_on(future)
+    }
+
     /// A directory for the test's own files, gone with the host.
     pub fn scratch(&self) -> PathBuf {
         let dir = self.dir.path().join("scratch");

@@ -10,7 +10,7 @@
 #![expect(clippy::expect_used, clippy::panic, reason = "test support: a failed set-up is a failed test")]
 #![expect(clippy::indexing_slicing, reason = "test support: a record without its field is a failed test")]
 
-// by_hand
+pub mod by_hand;
 pub mod host;
 pub mod images;
 pub mod leak;
