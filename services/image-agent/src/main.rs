@@ -4,6 +4,7 @@
 
 mod agent;
 mod build;
+mod builds;
 mod clone;
 mod cpio;
 mod disks;
@@ -12,12 +13,16 @@ mod initramfs;
 mod kernel;
 mod modules;
 mod recipe;
+mod service;
 mod store;
 mod tools;
 
 use agent::Agent;
+use bothy_bus::Client;
 use bothy_config::Config;
-use bothy_contract::{Code, Error, ImageName, OpId};
+use bothy_contract::{Error, ImageName, OpId, Service};
+use bothy_db::Db;
+use bothy_ops::Ops;
 use clap::{Parser, Subcommand};
 use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Instant};
 use tokio_util::sync::CancellationToken;
@@ -72,9 +77,29 @@ async fn run(args: Args) -> Result<(), Error> {
     stop_on_signals(&stop)?;
     let agent = Agent::open(&config)?;
     match args.command.unwrap_or(Command::Serve) {
-        Command::Serve => Err(Error::new(Code::Internal, "not served yet")),
+        Command::Serve => serve(&config, agent, stop).await,
         Command::Build { recipe, force } => build_here(&agent, &recipe, force, stop).await,
     }
+}
+
+/// Takes up what an earlier process left, then answers.
+async fn serve(config: &Config, agent: Agent, stop: CancellationToken) -> Result<(), Error> {
+    // Before anything can be begun: what is half made now belongs to nobody.
+    build::sweep(&agent.store)?;
+    agent.disks.sweep()?;
+    let db = Db::open(config.service_dir(Service::Image).join("image.db"), &builds::MIGRATIONS)?;
+    let client = Client::connect(config, Service::Image).await?;
+    let ops = Ops::new(db, Service::Image, Arc::new(builds::Builds { agent: agent.clone() }));
+    ops.publish_to(Arc::new(client.clone()));
+    ops.resume().await?;
+    let ready = || {
+        // Without systemd there is nobody to tell.
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+        tracing::info!("ready");
+    };
+    let done = service::run(client, agent, ops.clone(), stop, ready).await;
+    ops.shutdown().await;
+    done
 }
 
 /// Builds with the stages' times in the log.

@@ -1,0 +1,74 @@
+//! The image-agent's methods on the bus. Each is one call of what [`Agent`] owns, made where file work holds up nobody.
+
+use crate::{agent::Agent, builds, fault::blocking};
+use bothy_bus::{Client, Server};
+use bothy_contract::{
+    Error,
+    image::{DiskList, ImageList},
+    methods::{
+        ImageBuild, ImageDisksList, ImageDisksRelease, ImageListAll, ImageOpCancel, ImageOpList, ImageOpShow,
+        ImageResolve, ImageRootfsPrepare, ImageShow, ImageWorkDiskPrepare,
+    },
+    net::Done,
+};
+use bothy_ops::Ops;
+use tokio_util::sync::CancellationToken;
+
+/// Requests that are worked on at once: disk work of more than this many would only queue at the disk.
+const AT_ONCE: usize = 16;
+
+/// Answers until `stop`; `ready` is called once every method is there.
+pub(crate) async fn run(
+    client: Client,
+    agent: Agent,
+    ops: Ops,
+    stop: CancellationToken,
+    ready: impl FnOnce() + Send + 'static,
+) -> Result<(), Error> {
+    /// A handler that does its work, given the agent and the request, on a thread for such.
+    macro_rules! on {
+        (|$agent:ident, $ask:ident| $work:expr) => {{
+            let agent = agent.clone();
+            move |_, $ask| {
+                let $agent = agent.clone();
+                blocking(move || $work)
+            }
+        }};
+    }
+    /// A handler that asks the operations.
+    macro_rules! op {
+        ($method:ident) => {{
+            let ops = ops.clone();
+            move |_, ask| {
+                let ops = ops.clone();
+                async move { ops.$method(ask).await }
+            }
+        }};
+    }
+    let build = {
+        let (agent, ops) = (agent.clone(), ops.clone());
+        move |context, ask| {
+            let (agent, ops) = (agent.clone(), ops.clone());
+            async move { Ok(builds::begin(&ops, &agent, context, ask).await?.into()) }
+        }
+    };
+    Server::new(client, AT_ONCE)
+        .serve::<ImageListAll, _, _>(on!(|a, _ask| Ok(ImageList { images: a.store.list()? })))
+        .serve::<ImageShow, _, _>(on!(|a, ask| a.store.show(&ask.image)))
+        .serve::<ImageResolve, _, _>(on!(|a, ask| a.resolve(&ask.image)))
+        .serve::<ImageRootfsPrepare, _, _>(on!(|a, ask| {
+            a.disks.rootfs(&a.store, ask.vm, &ask.image, ask.uid, ask.system_mib)
+        }))
+        .serve::<ImageWorkDiskPrepare, _, _>(on!(|a, ask| {
+            a.disks.work(&a.store, ask.vm, &ask.image, ask.uid, ask.work_mib)
+        }))
+        .serve::<ImageDisksRelease, _, _>(on!(|a, ask| a.disks.release(ask.vm).map(|()| Done {})))
+        .serve::<ImageDisksList, _, _>(on!(|a, _ask| Ok(DiskList { vms: a.disks.list()? })))
+        .serve::<ImageBuild, _, _>(build)
+        .serve::<ImageOpShow, _, _>(op!(show))
+        .serve::<ImageOpList, _, _>(op!(list))
+        .serve::<ImageOpCancel, _, _>(op!(cancel))
+        .on_ready(ready)
+        .run(stop)
+        .await
+}
