@@ -1,0 +1,502 @@
+//! The network of the VMs: leases over a pool of warm slots. What the bus methods do is here; how it is done is in the
+//! modules below.
+//!
+//! **What is true when.** The lease table says who holds a slot, the kernel which devices there are, and memory only
+//! repeats the two. A lease's row is written before its VM hears of it and struck out after its device is gone; so after
+//! a crash at any point each row has a device or gets one ([`Network::start`]), and each device without a row is warm, if
+//! nobody has it open, or is removed.
+//!
+//! **Locks**, in the order they are taken: `gate` (shared by all changes, exclusive for repairs and teardown), one per VM,
+//! then, inside, the firewall's. `slots` and `vms` are held for a few instructions only, never across an await.
+
+pub use crate::leases::Held;
+use crate::{
+    devices::Devices, firewall::Firewall, forwarding, leases::Leases, link::Links, plan::Plan, resolv,
+    ruleset, slots::Slots,
+};
+use bothy_config::Config;
+use bothy_contract::{
+    Code, Error, Service, VmId,
+    net::{Lease, LeaseList, LeaseRow, NetHost},
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    future::Future,
+    hash::{DefaultHasher, Hash, Hasher},
+    os::unix::fs::DirBuilderExt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+use tokio::sync::{Mutex as AsyncMutex, Notify, RwLock};
+
+/// How often the kernel is compared with what should be there. Somebody who deletes the bridge is repaired within it.
+const CHECK_EVERY: Duration = Duration::from_secs(5);
+
+/// Locks that VMs are spread over, so that two requests for one VM come one after the other.
+const VM_LOCKS: usize = 64;
+
+/// The network. Clones are the same one.
+#[derive(Debug, Clone)]
+pub struct Network(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    plan: Arc<Plan>,
+    devices: Devices,
+    leases: Leases,
+    slots: Mutex<Slots>,
+    vms: Mutex<BTreeMap<VmId, Held>>,
+    vm_locks: Vec<AsyncMutex<()>>,
+    /// Whether the network is up; false for good after a teardown.
+    gate: RwLock<bool>,
+    /// Held by whoever fills the pool: one refill at a time.
+    refilling: AsyncMutex<()>,
+    wanted: Notify,
+}
+
+impl Network {
+    /// Brings the network up, adopting what an earlier agent left: bridge, TAPs, leases. Returns with the pool warm.
+    ///
+    /// # Errors
+    /// `invalid_argument` for a configuration that cannot work; `failed_precondition` where the subnet belongs to
+    /// somebody on this host, where leases were made for another one, or where libnftables is missing.
+    pub async fn start(config: &Config) -> Result<Self, Error> {
+        let plan = Arc::new(Plan::new(config)?);
+        let links = Links::open()?;
+        check_routes(&plan, &links).await?;
+        let firewall = Arc::new(Firewall::open(Arc::clone(&plan))?);
+        let leases = open_leases(config)?;
+        let vms = leases.load(&plan).await?;
+
+        let devices = Devices { plan: Arc::clone(&plan), links, firewall };
+        let held: BTreeSet<u32> = vms.values().map(|h| h.slot).collect();
+        let nat =
+            vms.values().filter(|h| h.nat).filter_map(|h| plan.slot(h.slot)).map(|s| s.address).collect();
+        // The rules stand before the first device does. Those of leases at once, so that a new agent under running VMs
+        // interrupts nothing: both tables are replaced in one transaction.
+        let uplinks = leases.forwarding().await?.into_iter().collect();
+        devices.firewall.replace(ruleset::State { slots: held.clone(), nat, uplinks }).await?;
+        forwarding::refresh(&leases, &devices.firewall).await?;
+        let bridge = devices.bridge().await?;
+        let warm = adopt(&devices, &held, bridge).await?;
+
+        let inner = Inner {
+            slots: Mutex::new(Slots::new(plan.capacity(), held, warm)),
+            vms: Mutex::new(vms),
+            vm_locks: std::iter::repeat_with(AsyncMutex::default).take(VM_LOCKS).collect(),
+            gate: RwLock::new(true),
+            refilling: AsyncMutex::default(),
+            wanted: Notify::new(),
+            plan,
+            devices,
+            leases,
+        };
+        let network = Self(Arc::new(inner));
+        if network.locked_vms().values().any(|held| held.nat) {
+            network.0.enable_forwarding().await?;
+        }
+        network.refill().await;
+        Ok(network)
+    }
+
+    /// Fills the pool whenever it is short, and compares the kernel with what should be there every few seconds. Runs
+    /// until it is dropped; what it has begun by then is completed by the next start.
+    pub async fn keep(&self) {
+        let mut tick = tokio::time::interval(CHECK_EVERY);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = self.0.wanted.notified() => {}
+                _ = tick.tick() => if let Err(error) = self.check().await {
+                    tracing::error!(%error, "cannot check the network");
+                },
+            }
+            self.refill().await;
+        }
+    }
+
+    /// A slot for `vm`; the same one again if it has one. NAT is as asked for either way.
+    ///
+    /// # Errors
+    /// `resource_exhausted` where every address is taken.
+    pub async fn acquire(&self, vm: VmId, nat: bool) -> Result<Lease, Error> {
+        self.whole(move |net| async move { net.0.acquire(vm, nat).await }).await
+    }
+
+    /// Takes `vm`'s slot back. A VM that has none is fine.
+    pub async fn release(&self, vm: VmId) -> Result<(), Error> {
+        self.whole(move |net| async move { net.0.release(vm).await }).await
+    }
+
+    /// Whether `vm`'s traffic may leave through the host, from now on.
+    pub async fn set_nat(&self, vm: VmId, enabled: bool) -> Result<(), Error> {
+        self.whole(move |net| async move { net.0.set_nat(vm, enabled).await }).await
+    }
+
+    /// All leases, by slot.
+    pub fn list(&self) -> LeaseList {
+        let vms = self.locked_vms().clone();
+        let row = |(vm, held): (VmId, Held)| {
+            let lease = self.0.lease(held).ok()?;
+            Some(LeaseRow { vm, lease, nat: held.nat })
+        };
+        let mut leases: Vec<LeaseRow> = vms.into_iter().filter_map(row).collect();
+        leases.sort_by_key(|row| row.lease.slot);
+        LeaseList { leases }
+    }
+
+    /// How the network stands.
+    pub fn show(&self) -> NetHost {
+        let (plan, slots) = (&self.0.plan, self.0.slots());
+        NetHost {
+            bridge: plan.bridge.clone(),
+            subnet: plan.cidr(),
+            warm: slots.warm(),
+            leased: slots.held(),
+            capacity: plan.capacity(),
+        }
+    }
+
+    /// Removes everything of ours from the kernel and puts the settings back. The leases stay. Nothing else can be done
+    /// afterwards; a new start makes all devices again.
+    ///
+    /// # Errors
+    /// `failed_precondition`, with nothing changed, while a process has the TAP of a lease open.
+    pub async fn teardown(&self) -> Result<(), Error> {
+        self.whole(|net| async move { net.0.teardown().await }).await
+    }
+
+    /// Compares the kernel with what should be there, and mends it.
+    pub async fn check(&self) -> Result<(), Error> {
+        self.whole(|net| async move { net.0.check().await }).await
+    }
+
+    async fn refill(&self) {
+        let done = self.whole(|net| async move { net.0.refill().await }).await;
+        if let Err(error) = done {
+            tracing::error!(%error, "cannot fill the pool");
+        }
+    }
+
+    /// Runs `f` to its end also where the caller goes away half-way (a deadline, a disconnect).
+    async fn whole<T, F>(&self, f: impl FnOnce(Self) -> F) -> Result<T, Error>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, Error>> + Send + 'static,
+    {
+        use tracing::Instrument;
+        let task = tokio::spawn(f(self.clone()).in_current_span());
+        task.await.map_err(|e| Error::internal("the request's task failed", &e))?
+    }
+
+    fn locked_vms(&self) -> MutexGuard<'_, BTreeMap<VmId, Held>> {
+        self.0.vms()
+    }
+}
+
+impl Inner {
+    async fn acquire(&self, vm: VmId, nat: bool) -> Result<Lease, Error> {
+        let up = self.gate.read().await;
+        ensure_up(*up)?;
+        let _one = self.vm_lock(vm).lock().await;
+        let known = self.vms().get(&vm).copied();
+        if let Some(held) = known {
+            self.apply_nat(vm, held, nat).await?;
+            return self.lease(Held { nat, ..held });
+        }
+        let number = match self.take_warm() {
+            Some(number) => number,
+            None => self.make_for_vm().await?,
+        };
+        self.wanted.notify_one();
+        let held = Held { slot: number, nat: false };
+        let given = async {
+            let slot = self
+                .plan
+                .slot(number)
+                .ok_or_else(|| Error::new(Code::Internal, "a slot beyond the subnet"))?;
+            self.leases.insert(vm, &slot, false).await?;
+            self.vms().insert(vm, held);
+            if nat { self.apply_nat(vm, held, true).await } else { Ok(()) }
+        };
+        if let Err(e) = given.await {
+            let undone = self.leases.delete(vm).await;
+            if let Err(undo) = undone {
+                // The row may be there: the slot stays the VM's, so that nobody else gets it, until it is released.
+                return Err(Error { message: format!("{}; and then: {}", e.message, undo.message), ..e });
+            }
+            self.vms().remove(&vm);
+            self.slots().put_back(number);
+            return Err(e.context(format!("no lease for VM {vm}")));
+        }
+        self.lease(Held { slot: number, nat })
+    }
+
+    fn take_warm(&self) -> Option<u32> {
+        self.slots().take()
+    }
+
+    async fn make_for_vm(&self) -> Result<u32, Error> {
+        let reserved = self.slots().reserve();
+        let Some(number) = reserved else {
+            // The last ones may be in the making this moment, for the pool.
+            let _filled = self.refilling.lock().await;
+            return self.take_warm().ok_or_else(|| self.full());
+        };
+        for (number, made) in self.devices.make(&[number]).await {
+            if let Err(e) = made {
+                self.slots().unmake(number);
+                return Err(e);
+            }
+            self.slots().made_and_taken(number);
+        }
+        Ok(number)
+    }
+
+    fn full(&self) -> Error {
+        let message =
+            format!("all {} addresses of subnet {} are taken", self.plan.capacity(), self.plan.cidr());
+        Error::new(Code::ResourceExhausted, message)
+            .hint("delete VMs with `bothy vm delete`, or set a larger net.prefix")
+    }
+
+    async fn release(&self, vm: VmId) -> Result<(), Error> {
+        let up = self.gate.read().await;
+        ensure_up(*up)?;
+        let _one = self.vm_lock(vm).lock().await;
+        let known = self.vms().get(&vm).copied();
+        let Some(held) = known else { return Ok(()) };
+        self.apply_nat(vm, held, false).await?;
+        self.devices.remove(held.slot).await?;
+        self.leases.delete(vm).await?;
+        self.vms().remove(&vm);
+        self.slots().unmake(held.slot);
+        self.wanted.notify_one();
+        Ok(())
+    }
+
+    async fn set_nat(&self, vm: VmId, enabled: bool) -> Result<(), Error> {
+        let up = self.gate.read().await;
+        ensure_up(*up)?;
+        let _one = self.vm_lock(vm).lock().await;
+        let known = self.vms().get(&vm).copied();
+        let held = known.ok_or_else(|| Error::not_found(format!("VM {vm} has no lease")))?;
+        self.apply_nat(vm, held, enabled).await
+    }
+
+    /// Changes NAT of a lease in the kernel and in the table. The firewall knows by itself what is no change.
+    async fn apply_nat(&self, vm: VmId, held: Held, enabled: bool) -> Result<(), Error> {
+        let address = self.lease(held)?.address;
+        if enabled {
+            self.enable_forwarding().await?;
+        }
+        self.devices.firewall.set_nat(address, enabled).await?;
+        if held.nat == enabled {
+            return Ok(());
+        }
+        if let Err(e) = self.leases.set_nat(vm, enabled).await {
+            // Back to what the table says.
+            return Err(match self.devices.firewall.set_nat(address, held.nat).await {
+                Ok(()) => e,
+                Err(undo) => Error { message: format!("{}; and then: {}", e.message, undo.message), ..e },
+            });
+        }
+        self.vms().insert(vm, Held { nat: enabled, ..held });
+        Ok(())
+    }
+
+    async fn enable_forwarding(&self) -> Result<(), Error> {
+        forwarding::enable(&self.plan, &self.devices.links, &self.leases, &self.devices.firewall).await
+    }
+
+    async fn refill(&self) -> Result<(), Error> {
+        let _one = self.refilling.lock().await;
+        let up = self.gate.read().await;
+        if !*up {
+            return Ok(());
+        }
+        let missing = self.slots().reserve_missing(self.plan.pool_size);
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let mut failure = Ok(());
+        for (number, made) in self.devices.make(&missing).await {
+            match made {
+                Ok(()) => self.slots().made(number),
+                Err(e) => {
+                    self.slots().unmake(number);
+                    failure = Err(e);
+                }
+            }
+        }
+        failure
+    }
+
+    async fn check(&self) -> Result<(), Error> {
+        let shared = self.gate.read().await;
+        if !*shared {
+            return Ok(());
+        }
+        if self.devices.firewall.repair().await? {
+            tracing::warn!(table = %self.plan.bridge, "somebody removed our nftables tables; they are back");
+        }
+        forwarding::refresh(&self.leases, &self.devices.firewall).await?;
+        if self.vms().values().any(|held| held.nat) {
+            self.enable_forwarding().await?;
+        }
+        if self.wrong().await?.is_empty() {
+            return Ok(());
+        }
+        drop(shared);
+        // Alone, what is wrong is not just being made or removed.
+        let up = self.gate.write().await;
+        if !*up {
+            return Ok(());
+        }
+        let wrong = self.wrong().await?;
+        let bridge = self.devices.bridge().await?;
+        let nat = self.vms().values().any(|held| held.nat);
+        if nat {
+            self.enable_forwarding().await?;
+        }
+        for number in wrong {
+            tracing::warn!(slot = number, "somebody changed a device of ours; mending it");
+            let found = self.devices.list().await?.into_iter().find(|(n, _)| *n == number);
+            self.devices.mend(number, found.as_ref().map(|(_, link)| link), bridge).await?;
+        }
+        Ok(())
+    }
+
+    /// The slots whose device is not as it should be. Without a bridge, that is all of them.
+    async fn wrong(&self) -> Result<Vec<u32>, Error> {
+        let links = self.devices.links.list().await?;
+        let bridge = links.get(&self.plan.bridge).map(|link| link.index);
+        let present = self.slots().present();
+        let right = |slot: &crate::plan::Slot| {
+            links
+                .get(&slot.tap)
+                .zip(bridge)
+                .is_some_and(|(l, bridge)| l.belongs_to(slot) && l.is_port_of(bridge))
+        };
+        Ok(present.into_iter().filter(|n| self.plan.slot(*n).is_none_or(|slot| !right(&slot))).collect())
+    }
+
+    async fn teardown(&self) -> Result<(), Error> {
+        let mut up = self.gate.write().await;
+        let vms = self.vms().clone();
+        for (vm, held) in &vms {
+            if self.devices.in_use(held.slot).await? {
+                return Err(Error::new(
+                    Code::FailedPrecondition,
+                    format!("VM {vm} is running: a process has its TAP {} open", self.lease(*held)?.tap),
+                )
+                .hint("stop all VMs first, with `bothy vm stop`"));
+            }
+        }
+        // From here on the network counts as down, so that nothing is mended or made while it goes.
+        *up = false;
+        let mut failures: Vec<String> = Vec::new();
+        let mut note = |done: Result<(), Error>| failures.extend(done.err().map(|e| e.message));
+        let links = &self.devices.links;
+        for (_, link) in self.devices.list().await? {
+            note(links.delete(&link).await);
+        }
+        if let Some(bridge) = links.find(&self.plan.bridge).await? {
+            note(links.delete(&bridge).await);
+        }
+        note(forwarding::restore(&self.leases).await);
+        note(self.devices.firewall.remove().await);
+        *self.slots() = Slots::new(self.plan.capacity(), vms.values().map(|held| held.slot), []);
+        if failures.is_empty() {
+            return Ok(());
+        }
+        // Asking again tries the rest.
+        Err(Error::new(Code::Internal, format!("cannot remove all of the network: {}", failures.join("; "))))
+    }
+
+    fn lease(&self, held: Held) -> Result<Lease, Error> {
+        let none = || Error::new(Code::Internal, format!("slot {} is beyond the subnet", held.slot));
+        let slot = self.plan.slot(held.slot).ok_or_else(none)?;
+        let dns = if held.nat { resolv::name_servers() } else { Vec::new() };
+        Ok(self.plan.lease(&slot, dns))
+    }
+
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "the index is taken modulo the length, which is a constant above 0"
+    )]
+    fn vm_lock(&self, vm: VmId) -> &AsyncMutex<()> {
+        let mut hasher = DefaultHasher::new();
+        vm.hash(&mut hasher);
+        &self.vm_locks[hasher.finish() as usize % VM_LOCKS]
+    }
+
+    fn slots(&self) -> MutexGuard<'_, Slots> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn vms(&self) -> MutexGuard<'_, BTreeMap<VmId, Held>> {
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Sorts out the TAPs of an earlier agent: held ones are mended, free ones whole and open to nobody are warm, all others
+/// are removed. Gives back the warm ones.
+async fn adopt(devices: &Devices, held: &BTreeSet<u32>, bridge: u32) -> Result<Vec<u32>, Error> {
+    let mut found: BTreeMap<u32, crate::link::Link> = devices.list().await?.into_iter().collect();
+    for number in held {
+        let link = found.remove(number);
+        devices.mend(*number, link.as_ref(), bridge).await?;
+    }
+    let mut warm = Vec::new();
+    let most = usize::try_from(devices.plan.pool_size).unwrap_or(usize::MAX);
+    for (number, link) in found {
+        let whole =
+            devices.plan.slot(number).is_some_and(|slot| link.belongs_to(&slot)) && link.is_port_of(bridge);
+        if whole && warm.len() < most && !devices.in_use(number).await? {
+            warm.push(number);
+        } else {
+            tracing::info!(tap = %link.name, "removing a TAP that belongs to no VM");
+            devices.links.delete(&link).await?;
+        }
+    }
+    devices.firewall.add_slots(warm.iter().copied()).await?;
+    Ok(warm)
+}
+
+/// Refuses a subnet that the host has routes into: its own traffic there would go to the bridge.
+async fn check_routes(plan: &Plan, links: &Links) -> Result<(), Error> {
+    let names: BTreeMap<u32, String> = links.list().await?.into_values().map(|l| (l.index, l.name)).collect();
+    for route in links.routes().await? {
+        let (address, prefix) = route.destination;
+        let by: Vec<&str> = route.links.iter().filter_map(|i| names.get(i)).map(String::as_str).collect();
+        if prefix == 0 || by.contains(&plan.bridge.as_str()) || !plan.overlaps(address, prefix) {
+            continue;
+        }
+        return Err(Error::new(
+            Code::FailedPrecondition,
+            format!(
+                "subnet {} overlaps the host's route to {address}/{prefix} by {}",
+                plan.cidr(),
+                by.join(", ")
+            ),
+        )
+        .hint("set net.subnet to a range that this host does not use, such as `10.78.0.0`"));
+    }
+    Ok(())
+}
+
+fn open_leases(config: &Config) -> Result<Leases, Error> {
+    let dir = config.service_dir(Service::Net);
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir);
+    made.map_err(|e| Error::internal(format!("cannot make the directory {}", dir.display()), &e))?;
+    Leases::open(&dir.join("net.db"))
+}
+
+fn ensure_up(up: bool) -> Result<(), Error> {
+    if up {
+        return Ok(());
+    }
+    Err(Error::new(Code::FailedPrecondition, "the network has been torn down")
+        .hint("start the net-agent again, with `bothy host up`"))
+}

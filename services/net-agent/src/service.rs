@@ -1,0 +1,62 @@
+//! The agent's methods on the bus.
+
+use crate::network::Network;
+use bothy_bus::{Client, Server};
+use bothy_contract::{
+    Error,
+    methods::{NetHostShow, NetHostTeardown, NetLeaseAcquire, NetLeaseList, NetLeaseRelease, NetNatSet},
+    net::Done,
+};
+use tokio_util::sync::CancellationToken;
+
+/// Requests that are executed at once; the others wait.
+const CONCURRENCY: usize = 64;
+
+/// Answers until `shutdown`, keeping the pool filled meanwhile. `ready` is called once the methods are there.
+///
+/// The kernel's state is left as it is at the end: VMs run on, and the next agent finds it again.
+///
+/// # Errors
+/// Where the methods cannot be registered on the bus.
+pub async fn run(
+    client: Client,
+    network: Network,
+    shutdown: CancellationToken,
+    ready: impl FnOnce() + Send + 'static,
+) -> Result<(), Error> {
+    let server = Server::new(client, CONCURRENCY).on_ready(ready);
+    let net = network.clone();
+    let server = server.serve::<NetLeaseAcquire, _, _>(move |_, request| {
+        let net = net.clone();
+        async move { net.acquire(request.vm, request.nat).await }
+    });
+    let net = network.clone();
+    let server = server.serve::<NetLeaseRelease, _, _>(move |_, request| {
+        let net = net.clone();
+        async move { net.release(request.vm).await.map(|()| Done {}) }
+    });
+    let net = network.clone();
+    let server = server.serve::<NetNatSet, _, _>(move |_, request| {
+        let net = net.clone();
+        async move { net.set_nat(request.vm, request.enabled).await.map(|()| Done {}) }
+    });
+    let net = network.clone();
+    let server = server.serve::<NetLeaseList, _, _>(move |_, _| {
+        let net = net.clone();
+        async move { Ok(net.list()) }
+    });
+    let net = network.clone();
+    let server = server.serve::<NetHostShow, _, _>(move |_, _| {
+        let net = net.clone();
+        async move { Ok(net.show()) }
+    });
+    let net = network.clone();
+    let server = server.serve::<NetHostTeardown, _, _>(move |_, _| {
+        let net = net.clone();
+        async move { net.teardown().await.map(|()| Done {}) }
+    });
+    tokio::select! {
+        done = server.run(shutdown) => done,
+        () = network.keep() => Ok(()),
+    }
+}

@@ -1,0 +1,143 @@
+//! A guest made by hand: it has a TAP open, as a VMM would, and reads and writes frames.
+
+use bothy_contract::net::Lease;
+use bothy_net_agent::{plan::Mac, tun};
+use bothy_testkit::Netns;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::{
+    io::{Read, Write},
+    net::Ipv4Addr,
+    os::fd::AsFd,
+};
+
+/// The virtio-net header in front of each frame; all zero means: nothing to say.
+const HEADER: usize = 10;
+
+pub const BROADCAST: Mac = Mac([0xff; 6]);
+
+pub struct Guest {
+    tap: fs_err::File,
+    pub ip: Ipv4Addr,
+    pub mac: Mac,
+    pub gateway: Ipv4Addr,
+}
+
+/// What a guest can receive, as far as the tests look.
+#[derive(Debug, PartialEq)]
+pub enum Packet {
+    /// An ARP request for that address.
+    ArpRequest(Ipv4Addr),
+    Udp {
+        from: (Ipv4Addr, u16),
+        to: (Ipv4Addr, u16),
+        data: Vec<u8>,
+    },
+    Other(Vec<u8>),
+}
+
+impl Guest {
+    pub fn new(ns: &Netns, lease: &Lease) -> Self {
+        let tap = ns.run(|| tun::open(&lease.tap)).unwrap();
+        let mac: Vec<u8> = lease.mac.split(':').map(|b| u8::from_str_radix(b, 16).unwrap()).collect();
+        Self { tap, ip: lease.address, mac: Mac(mac.try_into().unwrap()), gateway: lease.gateway }
+    }
+
+    /// The bridge's MAC address, asked for by ARP.
+    pub fn gateway_mac(&mut self) -> Mac {
+        self.send(&arp(self.mac, BROADCAST, 1, (self.mac, self.ip), (Mac([0; 6]), self.gateway)));
+        loop {
+            let frame = self.read().expect("an answer to ARP");
+            if frame[12..14] == [8, 6] && frame[20..22] == [0, 2] {
+                return Mac(frame[22..28].try_into().unwrap());
+            }
+        }
+    }
+
+    pub fn send(&mut self, frame: &[u8]) {
+        let mut whole = vec![0; HEADER];
+        whole.extend_from_slice(frame);
+        self.tap.write_all(&whole).unwrap();
+    }
+
+    /// Sends a UDP packet as itself, by way of the gateway.
+    pub fn send_udp(&mut self, via: Mac, to: (Ipv4Addr, u16), data: &[u8]) {
+        let frame = udp(self.mac, via, (self.ip, 7000), to, data);
+        self.send(&frame);
+    }
+
+    /// The next packet; questions for its own address are answered on the way.
+    pub fn receive(&mut self) -> Packet {
+        loop {
+            let frame = self.read().expect("a packet");
+            let packet = parse(&frame);
+            if packet == Packet::ArpRequest(self.ip) {
+                let asker = Mac(frame[22..28].try_into().unwrap());
+                let asker_ip = Ipv4Addr::from(<[u8; 4]>::try_from(&frame[28..32]).unwrap());
+                self.send(&arp(self.mac, asker, 2, (self.mac, self.ip), (asker, asker_ip)));
+                continue;
+            }
+            return packet;
+        }
+    }
+
+    /// The next frame; `None` after long silence.
+    pub fn read(&mut self) -> Option<Vec<u8>> {
+        let mut fds = [PollFd::new(self.tap.as_fd(), PollFlags::POLLIN)];
+        if poll(&mut fds, PollTimeout::from(10_000_u16)).unwrap() == 0 {
+            return None;
+        }
+        let mut frame = vec![0; 2048];
+        let n = self.tap.read(&mut frame).unwrap();
+        Some(frame[HEADER..n].to_vec())
+    }
+}
+
+fn parse(frame: &[u8]) -> Packet {
+    let ip = |at: usize| Ipv4Addr::from(<[u8; 4]>::try_from(&frame[at..at + 4]).unwrap());
+    let port = |at: usize| u16::from_be_bytes([frame[at], frame[at + 1]]);
+    match &frame[12..14] {
+        [8, 6] if frame[20..22] == [0, 1] => Packet::ArpRequest(ip(38)),
+        [8, 0] if frame[14] == 0x45 && frame[23] == 17 => Packet::Udp {
+            from: (ip(26), port(34)),
+            to: (ip(30), port(36)),
+            data: frame[42..34 + usize::from(port(38))].to_vec(),
+        },
+        _ => Packet::Other(frame.to_vec()),
+    }
+}
+
+/// An Ethernet frame with an ARP packet (RFC 826); `op` 1 asks, 2 answers.
+pub fn arp(from: Mac, to: Mac, op: u8, sender: (Mac, Ipv4Addr), target: (Mac, Ipv4Addr)) -> Vec<u8> {
+    let mut frame = ethernet(from, to, [8, 6]);
+    frame.extend([0, 1, 8, 0, 6, 4, 0, op]);
+    for (mac, ip) in [sender, target] {
+        frame.extend(mac.0);
+        frame.extend(ip.octets());
+    }
+    frame
+}
+
+/// An Ethernet frame with an IPv4 packet (RFC 791) with a UDP packet (RFC 768), which need not have a checksum.
+pub fn udp(mac: Mac, via: Mac, from: (Ipv4Addr, u16), to: (Ipv4Addr, u16), data: &[u8]) -> Vec<u8> {
+    let mut frame = ethernet(mac, via, [8, 0]);
+    let length = |n: usize| u16::try_from(n).unwrap().to_be_bytes();
+    let [a, b] = length(28 + data.len());
+    let mut header = vec![0x45, 0, a, b, 0, 1, 0, 0, 64, 17, 0, 0];
+    header.extend(from.0.octets());
+    header.extend(to.0.octets());
+    let sum: u32 = header.chunks(2).map(|c| u32::from(u16::from_be_bytes([c[0], c[1]]))).sum();
+    let folded = (sum & 0xffff) + (sum >> 16);
+    header[10..12]
+        .copy_from_slice(&(!u16::try_from((folded & 0xffff) + (folded >> 16)).unwrap()).to_be_bytes());
+    frame.extend(header);
+    frame.extend(from.1.to_be_bytes());
+    frame.extend(to.1.to_be_bytes());
+    frame.extend(length(8 + data.len()));
+    frame.extend([0, 0]);
+    frame.extend(data);
+    frame
+}
+
+fn ethernet(from: Mac, to: Mac, kind: [u8; 2]) -> Vec<u8> {
+    [&to.0[..], &from.0, &kind].concat()
+}

@@ -1,0 +1,80 @@
+//! A host of its own: a namespace, a state directory, and what the kernel shows in it.
+
+use bothy_config::Config;
+use bothy_net_agent::{
+    link::{Link, Links},
+    network::Network,
+    nft::Nft,
+};
+use bothy_testkit::{Netns, TempDir};
+use rtnetlink::{LinkUnspec, LinkVeth};
+use std::{collections::BTreeMap, net::IpAddr, os::fd::AsRawFd};
+
+pub struct World {
+    pub ns: Netns,
+    pub config: Config,
+    _dir: TempDir,
+}
+
+impl World {
+    pub fn new() -> Self {
+        let dir = bothy_testkit::temp_dir();
+        let config = Config::new(dir.path().join("state"), dir.path().join("run"));
+        Self { ns: Netns::new(), config, _dir: dir }
+    }
+
+    /// Runs `f` in the namespace, with an agent that has just started.
+    pub fn with_agent<T: Send, F: Future<Output = T> + Send>(
+        &self,
+        f: impl FnOnce(Network) -> F + Send,
+    ) -> T {
+        self.ns.block_on(async { f(Network::start(&self.config).await.unwrap()).await })
+    }
+
+    /// A namespace that is this one's neighbour: 192.0.2.1 here on `up0`, 192.0.2.2 there.
+    pub fn neighbour(&self) -> Netns {
+        let other = Netns::new();
+        self.ns.block_on(async {
+            let (connection, handle, _) = rtnetlink::new_connection().unwrap();
+            tokio::spawn(connection);
+            handle.link().add(LinkVeth::new("up0", "out0").build()).execute().await.unwrap();
+            let links = Links::open().unwrap();
+            let out = links.find("out0").await.unwrap().unwrap();
+            let to_other = LinkUnspec::new_with_index(out.index).setns_by_fd(other.fd().as_raw_fd()).build();
+            handle.link().set(to_other).execute().await.unwrap();
+        });
+        configure(&self.ns, "up0", [192, 0, 2, 1].into());
+        configure(&other, "out0", [192, 0, 2, 2].into());
+        other
+    }
+
+    pub fn forwarding(&self, link: &str) -> String {
+        let path = format!("/proc/sys/net/ipv4/conf/{link}/forwarding");
+        self.ns.run(|| fs_err::read_to_string(path)).unwrap().trim().to_owned()
+    }
+}
+
+fn configure(ns: &Netns, link: &str, address: IpAddr) {
+    ns.block_on(async {
+        let (connection, handle, _) = rtnetlink::new_connection().unwrap();
+        tokio::spawn(connection);
+        let index = Links::open().unwrap().find(link).await.unwrap().unwrap().index;
+        handle.address().add(index, address, 24).execute().await.unwrap();
+        handle.link().set(LinkUnspec::new_with_index(index).up().build()).execute().await.unwrap();
+    });
+}
+
+/// The links of the namespace of the running task.
+pub async fn links() -> BTreeMap<String, Link> {
+    Links::open().unwrap().list().await.unwrap()
+}
+
+/// The TAPs among them.
+pub async fn taps() -> BTreeMap<String, Link> {
+    links().await.into_iter().filter(|(name, _)| name.starts_with("bothy-tap-")).collect()
+}
+
+/// The whole nftables ruleset of the namespace of the calling thread, as JSON.
+pub fn ruleset() -> String {
+    Nft::open().unwrap().run(r#"{"nftables":[{"list":{"ruleset":null}}]}"#).unwrap()
+}
