@@ -1,0 +1,286 @@
+//! Commands in a guest: gRPC end to end with its agent, through the gateway's channel. Also TCP ports of a guest.
+//!
+//! Nothing is ever buffered without bound: stdin is read by a thread that waits for the stream, output is written
+//! before more is taken, and HTTP/2 windows do the rest.
+
+use crate::{
+    cli::Exec,
+    http::Gateway,
+    printer::Printer,
+    terminal::{Raw, is_interactive, window},
+};
+use bothy_contract::{Code, Error};
+use bothy_guest_proto::{
+    BULK_PORT, CHUNK, GuestClient,
+    v1::{ExecInput, ExecStart, ForwardChunk, exec_input::Input, exec_output::Output},
+};
+use std::io::{self, Read};
+use tokio::{
+    io::{AsyncWrite, AsyncWriteExt},
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+};
+use tokio_stream::wrappers::ReceiverStream;
+
+/// How many pieces of input may wait; each is at most [`CHUNK`] bytes.
+const QUEUE: usize = 4;
+/// How many interrupts in a row, with no word from the guest, end the wait for it.
+const PATIENCE: u32 = 3;
+
+/// A command to run.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Command {
+    pub(crate) argv: Vec<String>,
+    pub(crate) env: Vec<(String, String)>,
+    pub(crate) workdir: String,
+    pub(crate) user: String,
+    pub(crate) tty: bool,
+    pub(crate) stdin: bool,
+}
+
+impl From<Exec> for Command {
+    fn from(args: Exec) -> Self {
+        let shell = args.command.is_empty();
+        Self {
+            tty: args.tty || (shell && is_interactive()),
+            stdin: args.interactive || args.tty || shell,
+            argv: args.command,
+            env: args.env,
+            workdir: args.workdir.unwrap_or_default(),
+            user: args.user,
+        }
+    }
+}
+
+async fn connect(gateway: &Gateway, vm: &str) -> Result<GuestClient, Error> {
+    let stream = gateway.channel(vm, BULK_PORT).await?;
+    bothy_guest_proto::client(stream).await.map_err(|e| {
+        let mut error = Error::internal(format!("cannot speak with the guest of {vm}"), &e);
+        error.code = Code::Unavailable;
+        error
+    })
+}
+
+fn lost(vm: &str, status: &tonic::Status) -> Error {
+    let code = match status.code() {
+        tonic::Code::InvalidArgument => Code::InvalidArgument,
+        tonic::Code::NotFound => Code::NotFound,
+        tonic::Code::FailedPrecondition => Code::FailedPrecondition,
+        tonic::Code::PermissionDenied => Code::PermissionDenied,
+        tonic::Code::ResourceExhausted => Code::ResourceExhausted,
+        _ => Code::Unavailable,
+    };
+    let mut error = Error::new(code, format!("the guest of {vm} broke off: {}", status.message()));
+    error.retryable = false;
+    error.hint(format!("`bothy vm show {vm}` and `bothy vm logs {vm}` may say why"))
+}
+
+/// Runs `command` in `vm` to its end, on this process' stdin, stdout and stderr. Returns its exit status, or what shells
+/// return for a command that cannot be started: 127 where it was not found, 126 otherwise.
+///
+/// # Errors
+/// When the command's fate is not known: the guest or its VM has gone, or the user stopped waiting.
+pub(crate) async fn exec(
+    gateway: &Gateway,
+    printer: Printer,
+    vm: &str,
+    command: &Command,
+) -> Result<u8, Error> {
+    let mut client = connect(gateway, vm).await?;
+    if command.tty && !is_interactive() {
+        return Err(Error::invalid("stdin and stdout are not a terminal").hint("leave out `--tty`"));
+    }
+    let start = ExecStart {
+        argv: command.argv.clone(),
+        env: command.env.iter().cloned().collect(),
+        workdir: command.workdir.clone(),
+        user: command.user.clone(),
+        tty: command.tty,
+        window: if command.tty { window() } else { None },
+        term: if command.tty { std::env::var("TERM").unwrap_or_default() } else { String::new() },
+    };
+    let (input, queue) = mpsc::channel(QUEUE);
+    // Neither can fail: the queue is empty and its other end is held here.
+    let _ = input.send(message(Input::Start(start))).await;
+    if !command.stdin {
+        let _ = input.send(message(Input::StdinEof(true))).await;
+    }
+    // Signals are caught from before the command starts, so that none ends bothy and leaves the command behind.
+    let mut signals = Signals::new()?;
+    let raw = command.tty.then(Raw::enter).transpose()?;
+    let mut output = client.exec(ReceiverStream::new(queue)).await.map_err(|s| lost(vm, &s))?.into_inner();
+    if command.stdin {
+        let input = input.clone();
+        read_stdin(move |piece| {
+            let message = message(match piece {
+                Some(data) => Input::Stdin(data),
+                None => Input::StdinEof(true),
+            });
+            input.blocking_send(message).is_ok()
+        })?;
+    }
+    let (mut out, mut err) = (tokio::io::stdout(), tokio::io::stderr());
+    let mut interrupts = 0;
+    let status = loop {
+        let said = tokio::select! {
+            said = output.message() => said.map_err(|s| lost(vm, &s))?,
+            number = signals.next() => {
+                interrupts += u32::from(number == libc_sigint());
+                if interrupts >= PATIENCE {
+                    return Err(Error::new(Code::Cancelled, "no longer waiting for the command, which may still run")
+                        .hint(format!("`bothy vm stop {vm}` ends it for sure")));
+                }
+                let sent = if number == SignalKind::window_change().as_raw_value() {
+                    command.tty.then(window).flatten().map(Input::Resize)
+                } else {
+                    Some(Input::Signal(number))
+                };
+                if let Some(sent) = sent {
+                    // A full queue means that the guest takes nothing; waiting for it would stop the output too.
+                    let _ = input.try_send(message(sent));
+                }
+                continue;
+            }
+        };
+        let Some(said) = said else {
+            return Err(lost(vm, &tonic::Status::unavailable("it ended the stream without an exit status")));
+        };
+        match said.output {
+            Some(Output::Stdout(data)) => {
+                interrupts = 0;
+                if let Some(status) = write(&mut out, &data).await? {
+                    break status;
+                }
+            }
+            Some(Output::Stderr(data)) => {
+                interrupts = 0;
+                if let Some(status) = write(&mut err, &data).await? {
+                    break status;
+                }
+            }
+            Some(Output::Exited(end)) => break u8::try_from(end.status & 0xff).unwrap_or(u8::MAX),
+            Some(Output::Failed(failed)) => {
+                drop(raw);
+                let name = command.argv.first().map_or("the shell", String::as_str);
+                printer.error(&Error::new(
+                    if failed.errno == ENOENT { Code::NotFound } else { Code::FailedPrecondition },
+                    format!("cannot run {name:?} in {vm}: {}", failed.message),
+                ));
+                return Ok(if failed.errno == ENOENT { 127 } else { 126 });
+            }
+            Some(Output::Started(_)) | None => {}
+        }
+    };
+    drop(raw);
+    Ok(status)
+}
+
+/// "No such file or directory" in the guest, which is Linux on the same architecture (errno(3)).
+const ENOENT: i32 = 2;
+
+fn libc_sigint() -> i32 {
+    SignalKind::interrupt().as_raw_value()
+}
+
+fn message(input: Input) -> ExecInput {
+    ExecInput { input: Some(input) }
+}
+
+/// Writes `data`. A reader that has gone ends the command's run as it would end a process in a pipeline: status 141.
+async fn write(out: &mut (impl AsyncWrite + Unpin), data: &[u8]) -> Result<Option<u8>, Error> {
+    let done = async {
+        out.write_all(data).await?;
+        out.flush().await
+    };
+    match done.await {
+        Ok(()) => Ok(None),
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(Some(141)),
+        Err(e) => Err(Error::internal("cannot write the command's output", &e)),
+    }
+}
+
+/// Reads stdin on a thread of its own, which ends with the process if nothing more comes. `send` gets each piece, then
+/// `None`, and says whether anybody wants more.
+fn read_stdin(send: impl Fn(Option<Vec<u8>>) -> bool + Send + 'static) -> Result<(), Error> {
+    let read = move || {
+        let mut stdin = io::stdin().lock();
+        let mut buffer = vec![0; CHUNK];
+        loop {
+            match stdin.read(&mut buffer) {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Ok(0) | Err(_) => {
+                    send(None);
+                    return;
+                }
+                Ok(n) => {
+                    if !send(Some(buffer.get(..n).unwrap_or_default().to_vec())) {
+                        return;
+                    }
+                }
+            }
+        }
+    };
+    std::thread::Builder::new()
+        .name("stdin".to_owned())
+        .spawn(read)
+        .map(drop)
+        .map_err(|e| Error::internal("cannot start a thread for stdin", &e))
+}
+
+/// The signals that belong to the guest's command while it runs.
+struct Signals(mpsc::Receiver<i32>);
+
+impl Signals {
+    fn new() -> Result<Self, Error> {
+        let (send, receive) = mpsc::channel(16);
+        let kinds = [
+            SignalKind::interrupt(),
+            SignalKind::terminate(),
+            SignalKind::hangup(),
+            SignalKind::quit(),
+            SignalKind::user_defined1(),
+            SignalKind::user_defined2(),
+            SignalKind::window_change(),
+        ];
+        for kind in kinds {
+            let mut stream = signal(kind).map_err(|e| Error::internal("cannot catch signals", &e))?;
+            let send = send.clone();
+            tokio::spawn(async move {
+                while stream.recv().await.is_some() {
+                    if send.send(kind.as_raw_value()).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        Ok(Self(receive))
+    }
+
+    async fn next(&mut self) -> i32 {
+        match self.0.recv().await {
+            Some(number) => number,
+            // The tasks live as long as the runtime.
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// Connects stdin and stdout to TCP port `port` of `vm`, until the guest closes the connection. The end of stdin is
+/// passed on as a half-close.
+pub(crate) async fn proxy(gateway: &Gateway, vm: &str, port: u16) -> Result<(), Error> {
+    let mut client = connect(gateway, vm).await?;
+    let (input, queue) = mpsc::channel(QUEUE);
+    // Cannot fail: the queue is empty and its other end is held here.
+    let _ = input.send(ForwardChunk { port: port.into(), data: Vec::new() }).await;
+    let mut output = client.forward(ReceiverStream::new(queue)).await.map_err(|s| lost(vm, &s))?.into_inner();
+    read_stdin(move |piece| {
+        piece.is_some_and(|data| input.blocking_send(ForwardChunk { port: 0, data }).is_ok())
+    })?;
+    let mut out = tokio::io::stdout();
+    while let Some(chunk) = output.message().await.map_err(|s| lost(vm, &s))? {
+        if write(&mut out, &chunk.data).await?.is_some() {
+            break;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,132 @@
+//! `bothy run`: a machine, the repository in it, the command, and the work back as a patch.
+//!
+//! What can be wrong with the input is found before anything is created. Work is never thrown away: a machine whose
+//! work could not be brought back is kept, also with `--rm`, and it is said how to get at it.
+
+use crate::{Context, Status, cli, exec, printer::visible, terminal, vm, workspace};
+use bothy_contract::{Error, vm::VmRecord};
+use bothy_pack::Repository;
+use std::path::{Path, PathBuf};
+
+pub(crate) async fn main(context: &Context, args: cli::Run) -> Result<Status, Error> {
+    workspace::check_guest_path(&args.guest_path)?;
+    let repository = Repository::open(&args.path)?;
+    let root = repository.root().to_owned();
+    if let Some(patch) = &args.patch {
+        workspace::directory(patch)?;
+    } else {
+        // That the default directory can be made and written to, before a VM is made.
+        workspace::directory(&workspace::default_patch(&root, "vm")?)?;
+    }
+    let (vm, _) = vm::create(context, &args.shape).await?;
+    let id = vm.id.to_string();
+    let imported =
+        workspace::import(context, &id, repository, &args.guest_path, args.include_untracked).await;
+    match imported {
+        Ok(report) => context.printer.note(format!(
+            "{} is in {} at {}",
+            workspace::head(&report),
+            vm.name,
+            visible(&report.guest_path)
+        )),
+        Err(e) => {
+            // Nothing of the user's was ever in it.
+            if args.rm {
+                remove(context, &vm).await;
+            }
+            return Err(e);
+        }
+    }
+    let shell = args.command.is_empty();
+    let command = exec::Command {
+        argv: args.command.clone(),
+        workdir: args.guest_path.clone(),
+        user: "root".to_owned(),
+        tty: terminal::is_interactive(),
+        stdin: true,
+        env: Vec::new(),
+    };
+    if shell && !command.tty {
+        context.printer.note("no command was given, so a shell reads stdin");
+    }
+    let ended = exec::exec(&context.gateway, context.printer, &id, &command).await;
+    // Whatever became of the command, what it changed is wanted.
+    let saved = save(context, &vm, &args, &root).await;
+    match (ended, saved) {
+        (Ok(status), Ok(())) => {
+            if args.rm {
+                remove(context, &vm).await;
+            } else {
+                context.printer.note(format!(
+                    "{} goes on running; `bothy vm delete --force {}` deletes it",
+                    vm.name, vm.name
+                ));
+            }
+            Ok(Status(status))
+        }
+        (ended, Err(e)) => {
+            if let Err(ended) = ended {
+                context.printer.error(&ended);
+            }
+            Err(e.context(format!("the work is still in {}", vm.name)).hint(format!(
+                "the machine is kept; bring its work back with `bothy workspace export {} --guest-path {} -o work.patch`",
+                vm.name, args.guest_path
+            )))
+        }
+        // The patch is there, but the command may still be at work.
+        (Err(e), Ok(())) => Err(e),
+    }
+}
+
+async fn save(context: &Context, vm: &VmRecord, args: &cli::Run, root: &Path) -> Result<(), Error> {
+    let wanted: PathBuf = match &args.patch {
+        Some(patch) => patch.clone(),
+        None => workspace::default_patch(root, vm.name.as_str())?,
+    };
+    let dir = workspace::directory(&wanted)?;
+    let export = workspace::fetch(context, &vm.id.to_string(), &args.guest_path, &dir).await?;
+    if export.report.bytes == 0 {
+        context.printer.note(workspace::nothing_changed());
+        return Ok(());
+    }
+    let summary = export.summary();
+    let file = if args.patch.is_some() {
+        export.keep_as(&wanted)?;
+        wanted
+    } else {
+        export.keep_beside(&wanted)?
+    };
+    let shown = std::path::absolute(&file).unwrap_or(file);
+    if context.printer.json {
+        context.printer.always(serde_json::json!({ "patch": shown, "vm": vm.name }).to_string());
+    } else {
+        context.printer.always(format!("patch: {} ({summary})", shown.display()));
+        context.printer.always(format!("  apply it: git -C {} apply {}", quoted(root), quoted(&shown)));
+    }
+    Ok(())
+}
+
+/// The path as a word of a shell command line.
+fn quoted(path: &Path) -> String {
+    let text = path.display().to_string();
+    if text.bytes().all(|b| b.is_ascii_alphanumeric() || b"/._-+:@".contains(&b)) {
+        text
+    } else {
+        format!("'{}'", visible(&text).replace('\'', r"'\''"))
+    }
+}
+
+/// Deletes the machine. A failure is told, but the command's status stays the result.
+async fn remove(context: &Context, vm: &VmRecord) {
+    let quiet = Context {
+        printer: crate::printer::Printer { json: false, quiet: true },
+        gateway: context.gateway.clone(),
+    };
+    match vm::delete_quietly(&quiet, vm).await {
+        Ok(()) => context.printer.note(format!("{} is deleted", vm.name)),
+        Err(e) => context.printer.error(
+            &e.context(format!("{} was not deleted", vm.name))
+                .hint(format!("try `bothy vm delete --force {}`", vm.name)),
+        ),
+    }
+}
