@@ -1,0 +1,118 @@
+//! What makes a guest one machine and not another: its name, its machine id, its resolver, its clock, its randomness.
+//! All of it may be set again at any time; a resumed guest is somebody else than its template.
+
+use std::io;
+use std::net::IpAddr;
+use std::path::Path;
+
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_settime};
+
+use crate::{files, sys};
+
+/// Refuses names that are not DNS labels (RFC 1123): 1 to 63 lower-case letters, digits and inner dashes.
+///
+/// # Errors
+/// Says what is wrong.
+pub(crate) fn check_hostname(name: &str) -> Result<(), String> {
+    let ok = (1..=63).contains(&name.len())
+        && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
+        && !name.starts_with('-')
+        && !name.ends_with('-');
+    if ok { Ok(()) } else { Err(format!("host name `{name}` is not a DNS label")) }
+}
+
+/// Refuses what is not a machine id: 32 lower-case hex digits (machine-id(5)).
+///
+/// # Errors
+/// Says what is wrong.
+pub(crate) fn check_machine_id(id: &str) -> Result<(), String> {
+    let ok = id.len() == 32 && id.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    if ok { Ok(()) } else { Err(format!("machine id `{id}` is not 32 lower-case hex digits")) }
+}
+
+/// Sets the host name, now and in the files below `root`.
+///
+/// # Errors
+/// When the kernel refuses or a file cannot be written.
+pub(crate) fn set_hostname(root: &Path, name: &str) -> io::Result<()> {
+    nix::unistd::sethostname(name)?;
+    files::write(&root.join("etc/hostname"), format!("{name}\n").as_bytes(), 0o644)?;
+    let hosts = root.join("etc/hosts");
+    let now = fs_err::read_to_string(&hosts).unwrap_or_default();
+    files::write(&hosts, hosts_with(&now, name).as_bytes(), 0o644)
+}
+
+/// Writes the machine id.
+///
+/// # Errors
+/// When the file cannot be written.
+pub(crate) fn set_machine_id(root: &Path, id: &str) -> io::Result<()> {
+    files::write(&root.join("etc/machine-id"), format!("{id}\n").as_bytes(), 0o444)
+}
+
+/// Writes the resolver's configuration, replacing the link to a stub that some images have.
+///
+/// # Errors
+/// When the file cannot be written.
+pub(crate) fn set_resolver(root: &Path, servers: &[IpAddr]) -> io::Result<()> {
+    let text: String = servers.iter().map(|server| format!("nameserver {server}\n")).collect();
+    files::write(&root.join("etc/resolv.conf"), text.as_bytes(), 0o644)
+}
+
+/// Sets the wall clock to `unix_us` microseconds since 1970.
+///
+/// # Errors
+/// When the kernel refuses.
+pub(crate) fn set_clock(unix_us: u64) -> io::Result<()> {
+    let seconds = i64::try_from(unix_us / 1_000_000).map_err(io::Error::other)?;
+    let nanos = i64::try_from(unix_us % 1_000_000 * 1000).map_err(io::Error::other)?;
+    Ok(clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::new(seconds, nanos))?)
+}
+
+/// Feeds the host's randomness to the kernel.
+///
+/// # Errors
+/// When the kernel refuses.
+pub(crate) fn add_entropy(bytes: &[u8]) -> io::Result<()> {
+    bytes.chunks(sys::MAX_ENTROPY).try_for_each(sys::add_entropy)
+}
+
+/// `/etc/hosts` with one line for the host name, on Debian's address for it, and everything else as it was.
+fn hosts_with(now: &str, name: &str) -> String {
+    let mut text = String::new();
+    if !now.lines().any(|line| line.split_whitespace().next() == Some("127.0.0.1")) {
+        text.push_str("127.0.0.1\tlocalhost\n");
+    }
+    for line in now.lines().filter(|line| line.split_whitespace().next() != Some("127.0.1.1")) {
+        text.push_str(line);
+        text.push('\n');
+    }
+    text.push_str(&format!("127.0.1.1\t{name}\n"));
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_keeps_what_the_image_has_and_names_the_machine_once() {
+        let image = "127.0.0.1 localhost\n::1 ip6-localhost\n127.0.1.1 template\n";
+        let first = hosts_with(image, "dev");
+        assert_eq!(first, "127.0.0.1 localhost\n::1 ip6-localhost\n127.0.1.1\tdev\n");
+        assert_eq!(hosts_with(&first, "dev"), first);
+        assert_eq!(hosts_with("", "dev"), "127.0.0.1\tlocalhost\n127.0.1.1\tdev\n");
+    }
+
+    #[test]
+    fn names_and_ids_are_checked() {
+        assert!(check_hostname("dev-1").is_ok());
+        for bad in ["", "-a", "a-", "A", "a.b", "a\nb", &"a".repeat(64)] {
+            assert!(check_hostname(bad).is_err(), "{bad}");
+        }
+        assert!(check_machine_id("0123456789abcdef0123456789abcdef").is_ok());
+        assert!(check_machine_id("0123456789ABCDEF0123456789abcdef").is_err());
+        assert!(check_machine_id("0123").is_err());
+    }
+}
