@@ -1,0 +1,2 @@
+# clean-export <tmp> <nonce>
+rm -rf -- "$1/bothy-export-$2"
