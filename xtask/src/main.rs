@@ -1,8 +1,11 @@
 //! `cargo xtask`: what a developer of bothy runs. Each subcommand is a module.
 
+mod dist;
 mod guest;
+mod run;
 mod say;
 mod setup;
+mod test;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -21,12 +24,31 @@ enum Command {
     Setup,
     /// Builds the static `bothy-guest` that goes into every initramfs.
     Guest,
+    /// Runs every check and test, the ones that boot VMs too.
+    Test {
+        /// Only tests whose name contains this.
+        filter: Option<String>,
+    },
+    /// Does the main job on this repository, from nothing to nothing, and shows where the time went.
+    Demo,
+    /// Measures what bothy costs: `create [pairs]` or `idle`.
+    Bench {
+        /// What to measure, and how often.
+        #[arg(required = true)]
+        what: Vec<String>,
+    },
+    /// Puts release binaries, the guest's and the recipes into `target/dist`.
+    Dist,
 }
 
 fn main() -> ExitCode {
     let done = match Args::parse().command {
         Command::Setup => setup::run(),
         Command::Guest => guest::run().map(|_| ()),
+        Command::Test { filter } => test::run(filter.as_deref()),
+        Command::Demo => run::released("demo", &[]),
+        Command::Bench { what } => run::released("bench", &what),
+        Command::Dist => dist::run(),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -30,6 +30,12 @@ pub(crate) fn step(name: &str, what: impl fmt::Display) {
     println!("{name:<14} {what}");
 }
 
+/// One line as it is.
+#[expect(clippy::print_stdout, reason = "the place where xtask speaks")]
+pub(crate) fn line(what: impl fmt::Display) {
+    println!("{what}");
+}
+
 /// The last words.
 #[expect(clippy::print_stderr, reason = "the place where xtask speaks")]
 pub(crate) fn error(e: &Failure) {
