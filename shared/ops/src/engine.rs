@@ -201,7 +201,7 @@ impl Ops {
     /// # Errors
     /// Where the journal cannot be read.
     pub async fn resume(&self) -> Result<usize, Error> {
-        let found = self.inner.db.read(|c| journal::unfinished(c)).await?;
+        let found = self.inner.db.read(journal::unfinished).await?;
         let count = found.len();
         for left in found {
             let span = run::span(&left.op, left.trace.as_ref());

@@ -69,7 +69,7 @@ pub(crate) fn insert(
 
 pub(crate) fn by_request(tx: &Transaction<'_>, request: &str) -> Result<Option<Op>, DbError> {
     let mut select = tx.prepare_cached("SELECT * FROM op WHERE request = ?1")?;
-    Ok(select.query_row([request], |r| Ok(op_of(r))).optional()?.transpose()?)
+    select.query_row([request], |r| Ok(op_of(r))).optional()?.transpose()
 }
 
 /// Stages begin: from here on each has something to undo.
