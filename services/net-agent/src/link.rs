@@ -16,6 +16,7 @@ use rtnetlink::{Handle, LinkBridge, LinkBridgePort, LinkUnspec, RouteMessageBuil
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr},
+    sync::Arc,
 };
 
 /// IFLA_TUN_OWNER and IFLA_TUN_GROUP of linux/if_link.h.
@@ -73,7 +74,11 @@ pub struct Route {
 
 /// A netlink socket, in the network namespace of the thread that opened it.
 #[derive(Debug, Clone)]
-pub struct Links(Handle);
+pub struct Links {
+    handle: Handle,
+    /// A socket has one dump at a time: the kernel answers a second one with EBUSY (netlink(7), NLM_F_DUMP).
+    dump: Arc<tokio::sync::Mutex<()>>,
+}
 
 impl Links {
     /// Opens the socket. Call it within a runtime, which then serves the socket.
@@ -81,20 +86,27 @@ impl Links {
         let (connection, handle, _) =
             rtnetlink::new_connection().map_err(|e| Error::internal("cannot open a netlink socket", &e))?;
         tokio::spawn(connection);
-        Ok(Self(handle))
+        Ok(Self { handle, dump: Arc::default() })
     }
 
     /// All links, by name.
     pub async fn list(&self) -> Result<BTreeMap<String, Link>, Error> {
-        let links: Vec<LinkMessage> =
-            self.0.link().get().execute().try_collect().await.map_err(|e| failed("list the links", &e))?;
+        let _alone = self.dump.lock().await;
+        let links: Vec<LinkMessage> = self
+            .handle
+            .link()
+            .get()
+            .execute()
+            .try_collect()
+            .await
+            .map_err(|e| failed("list the links", &e))?;
         Ok(links.iter().filter_map(read_link).map(|link| (link.name.clone(), link)).collect())
     }
 
     /// The link of that name.
     pub async fn find(&self, name: &str) -> Result<Option<Link>, Error> {
         let found: Result<Vec<LinkMessage>, _> =
-            self.0.link().get().match_name(name.to_owned()).execute().try_collect().await;
+            self.handle.link().get().match_name(name.to_owned()).execute().try_collect().await;
         match found {
             Ok(links) => Ok(links.iter().find_map(read_link)),
             Err(e) if errno(&e) == Some(Errno::ENODEV) => Ok(None),
@@ -119,7 +131,7 @@ impl Links {
                     .stp_state(BridgeStpState::Disabled)
                     .mcast_snooping(false)
                     .build();
-                self.0
+                self.handle
                     .link()
                     .add(message)
                     .execute()
@@ -138,7 +150,7 @@ impl Links {
             .hint(format!("remove it with `ip link delete {name}`, or set another net.bridge")));
         }
         let gateway = IpAddr::V4(plan.gateway());
-        let address = self.0.address().add(link.index, gateway, plan.prefix).replace();
+        let address = self.handle.address().add(link.index, gateway, plan.prefix).replace();
         address.execute().await.map_err(|e| failed(format!("set address {gateway} of bridge {name}"), &e))?;
         if !link.up {
             self.set(LinkUnspec::new_with_index(link.index).up().build(), name).await?;
@@ -151,13 +163,13 @@ impl Links {
         let message = LinkUnspec::new_with_index(tap.index).controller(bridge).build();
         self.set(message, &tap.name).await?;
         let port = LinkBridgePort::new(tap.index).isolated(true).up().build();
-        let done = self.0.link().set_port(port).execute().await;
+        let done = self.handle.link().set_port(port).execute().await;
         done.map_err(|e| failed(format!("isolate {}", tap.name), &e))
     }
 
     /// Removes a link. One that is gone already is fine.
     pub async fn delete(&self, link: &Link) -> Result<(), Error> {
-        match self.0.link().del(link.index).execute().await {
+        match self.handle.link().del(link.index).execute().await {
             Err(e) if errno(&e) != Some(Errno::ENODEV) => Err(failed(format!("remove {}", link.name), &e)),
             _ => Ok(()),
         }
@@ -165,9 +177,10 @@ impl Links {
 
     /// All IPv4 routes of all tables.
     pub async fn routes(&self) -> Result<Vec<Route>, Error> {
+        let _alone = self.dump.lock().await;
         let query = RouteMessageBuilder::<Ipv4Addr>::new().build();
         let routes: Vec<RouteMessage> = self
-            .0
+            .handle
             .route()
             .get(query)
             .execute()
@@ -187,7 +200,7 @@ impl Links {
     }
 
     async fn set(&self, message: LinkMessage, name: &str) -> Result<(), Error> {
-        self.0.link().set(message).execute().await.map_err(|e| failed(format!("change {name}"), &e))
+        self.handle.link().set(message).execute().await.map_err(|e| failed(format!("change {name}"), &e))
     }
 }
 

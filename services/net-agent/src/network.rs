@@ -24,7 +24,10 @@ use std::{
     future::Future,
     hash::{DefaultHasher, Hash, Hasher},
     os::unix::fs::DirBuilderExt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 use tokio::sync::{Mutex as AsyncMutex, Notify, RwLock};
@@ -52,6 +55,8 @@ struct Inner {
     /// Held by whoever fills the pool: one refill at a time.
     refilling: AsyncMutex<()>,
     wanted: Notify,
+    /// Whether forwarding has been seen to; the regular check looks at it again, as uplinks come and go.
+    forwarding: AtomicBool,
 }
 
 impl Network {
@@ -87,6 +92,7 @@ impl Network {
             gate: RwLock::new(true),
             refilling: AsyncMutex::default(),
             wanted: Notify::new(),
+            forwarding: AtomicBool::new(false),
             plan,
             devices,
             leases,
@@ -287,7 +293,7 @@ impl Inner {
     /// Changes NAT of a lease in the kernel and in the table. The firewall knows by itself what is no change.
     async fn apply_nat(&self, vm: VmId, held: Held, enabled: bool) -> Result<(), Error> {
         let address = self.lease(held)?.address;
-        if enabled {
+        if enabled && !self.forwarding.load(Ordering::Acquire) {
             self.enable_forwarding().await?;
         }
         self.devices.firewall.set_nat(address, enabled).await?;
@@ -306,7 +312,9 @@ impl Inner {
     }
 
     async fn enable_forwarding(&self) -> Result<(), Error> {
-        forwarding::enable(&self.plan, &self.devices.links, &self.leases, &self.devices.firewall).await
+        forwarding::enable(&self.plan, &self.devices.links, &self.leases, &self.devices.firewall).await?;
+        self.forwarding.store(true, Ordering::Release);
+        Ok(())
     }
 
     async fn refill(&self) -> Result<(), Error> {

@@ -13,18 +13,18 @@ use std::{
 /// The virtio-net header in front of each frame; all zero means: nothing to say.
 const HEADER: usize = 10;
 
-pub const BROADCAST: Mac = Mac([0xff; 6]);
+pub(crate) const BROADCAST: Mac = Mac([0xff; 6]);
 
-pub struct Guest {
+pub(crate) struct Guest {
     tap: fs_err::File,
-    pub ip: Ipv4Addr,
-    pub mac: Mac,
-    pub gateway: Ipv4Addr,
+    pub(crate) ip: Ipv4Addr,
+    pub(crate) mac: Mac,
+    pub(crate) gateway: Ipv4Addr,
 }
 
 /// What a guest can receive, as far as the tests look.
 #[derive(Debug, PartialEq)]
-pub enum Packet {
+pub(crate) enum Packet {
     /// An ARP request for that address.
     ArpRequest(Ipv4Addr),
     Udp {
@@ -36,39 +36,42 @@ pub enum Packet {
 }
 
 impl Guest {
-    pub fn new(ns: &Netns, lease: &Lease) -> Self {
+    pub(crate) fn new(ns: &Netns, lease: &Lease) -> Self {
         let tap = ns.run(|| tun::open(&lease.tap)).unwrap();
         let mac: Vec<u8> = lease.mac.split(':').map(|b| u8::from_str_radix(b, 16).unwrap()).collect();
         Self { tap, ip: lease.address, mac: Mac(mac.try_into().unwrap()), gateway: lease.gateway }
     }
 
-    /// The bridge's MAC address, asked for by ARP.
-    pub fn gateway_mac(&mut self) -> Mac {
-        self.send(&arp(self.mac, BROADCAST, 1, (self.mac, self.ip), (Mac([0; 6]), self.gateway)));
-        loop {
-            let frame = self.read().expect("an answer to ARP");
+    /// The bridge's MAC address, asked for by ARP until there is an answer: the kernel notices a moment after a TAP was
+    /// opened that its port has a carrier, and drops frames until then.
+    pub(crate) fn gateway_mac(&mut self) -> Mac {
+        let question = arp(self.mac, BROADCAST, 1, (self.mac, self.ip), (Mac([0; 6]), self.gateway));
+        for _ in 0..100 {
+            self.send(&question);
+            let Some(frame) = self.read(100) else { continue };
             if frame[12..14] == [8, 6] && frame[20..22] == [0, 2] {
                 return Mac(frame[22..28].try_into().unwrap());
             }
         }
+        panic!("no answer to ARP");
     }
 
-    pub fn send(&mut self, frame: &[u8]) {
+    pub(crate) fn send(&mut self, frame: &[u8]) {
         let mut whole = vec![0; HEADER];
         whole.extend_from_slice(frame);
         self.tap.write_all(&whole).unwrap();
     }
 
     /// Sends a UDP packet as itself, by way of the gateway.
-    pub fn send_udp(&mut self, via: Mac, to: (Ipv4Addr, u16), data: &[u8]) {
+    pub(crate) fn send_udp(&mut self, via: Mac, to: (Ipv4Addr, u16), data: &[u8]) {
         let frame = udp(self.mac, via, (self.ip, 7000), to, data);
         self.send(&frame);
     }
 
     /// The next packet; questions for its own address are answered on the way.
-    pub fn receive(&mut self) -> Packet {
+    pub(crate) fn receive(&mut self) -> Packet {
         loop {
-            let frame = self.read().expect("a packet");
+            let frame = self.read(10_000).expect("a packet");
             let packet = parse(&frame);
             if packet == Packet::ArpRequest(self.ip) {
                 let asker = Mac(frame[22..28].try_into().unwrap());
@@ -76,14 +79,18 @@ impl Guest {
                 self.send(&arp(self.mac, asker, 2, (self.mac, self.ip), (asker, asker_ip)));
                 continue;
             }
+            // A late answer to one of our own questions.
+            if matches!(&packet, Packet::Other(f) if f[12..14] == [8, 6]) {
+                continue;
+            }
             return packet;
         }
     }
 
-    /// The next frame; `None` after long silence.
-    pub fn read(&mut self) -> Option<Vec<u8>> {
+    /// The next frame; `None` after `patience` milliseconds of silence.
+    fn read(&mut self, patience: u16) -> Option<Vec<u8>> {
         let mut fds = [PollFd::new(self.tap.as_fd(), PollFlags::POLLIN)];
-        if poll(&mut fds, PollTimeout::from(10_000_u16)).unwrap() == 0 {
+        if poll(&mut fds, PollTimeout::from(patience)).unwrap() == 0 {
             return None;
         }
         let mut frame = vec![0; 2048];
@@ -107,7 +114,7 @@ fn parse(frame: &[u8]) -> Packet {
 }
 
 /// An Ethernet frame with an ARP packet (RFC 826); `op` 1 asks, 2 answers.
-pub fn arp(from: Mac, to: Mac, op: u8, sender: (Mac, Ipv4Addr), target: (Mac, Ipv4Addr)) -> Vec<u8> {
+pub(crate) fn arp(from: Mac, to: Mac, op: u8, sender: (Mac, Ipv4Addr), target: (Mac, Ipv4Addr)) -> Vec<u8> {
     let mut frame = ethernet(from, to, [8, 6]);
     frame.extend([0, 1, 8, 0, 6, 4, 0, op]);
     for (mac, ip) in [sender, target] {
@@ -118,7 +125,7 @@ pub fn arp(from: Mac, to: Mac, op: u8, sender: (Mac, Ipv4Addr), target: (Mac, Ip
 }
 
 /// An Ethernet frame with an IPv4 packet (RFC 791) with a UDP packet (RFC 768), which need not have a checksum.
-pub fn udp(mac: Mac, via: Mac, from: (Ipv4Addr, u16), to: (Ipv4Addr, u16), data: &[u8]) -> Vec<u8> {
+pub(crate) fn udp(mac: Mac, via: Mac, from: (Ipv4Addr, u16), to: (Ipv4Addr, u16), data: &[u8]) -> Vec<u8> {
     let mut frame = ethernet(mac, via, [8, 0]);
     let length = |n: usize| u16::try_from(n).unwrap().to_be_bytes();
     let [a, b] = length(28 + data.len());

@@ -121,6 +121,7 @@ fn guests_do_not_see_each_other() {
         let mut a = Guest::new(&world.ns, &first);
         let mut b = Guest::new(&world.ns, &second);
         let via = a.gateway_mac();
+        b.gateway_mac();
         // Directly, by broadcast, by way of the host, and as the gateway.
         a.send(&udp(a.mac, b.mac, (a.ip, 7000), (b.ip, 7000), b"direct"));
         a.send(&arp(a.mac, BROADCAST, 1, (a.mac, a.ip), (Mac([0; 6]), b.ip)));

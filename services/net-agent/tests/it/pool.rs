@@ -35,10 +35,7 @@ fn it_comes_up_warm_and_goes_without_a_trace() {
             let slot = plan.slot(plan.number_of_tap(name).unwrap()).unwrap();
             assert!(tap.belongs_to(&slot) && tap.is_port_of(bridge), "{tap:?}");
         }
-        let ours = ruleset();
-        for foreign in ["theirs"] {
-            assert!(ours.contains(foreign));
-        }
+        assert!(ruleset().contains("theirs") && ruleset().contains("masquerade"));
 
         let vm = VmId::new();
         let lease = net.acquire(vm, true).await.unwrap();
@@ -52,7 +49,10 @@ fn it_comes_up_warm_and_goes_without_a_trace() {
             refused.message.contains(&lease.tap) && refused.message.contains(&vm.to_string()),
             "{refused}"
         );
-        assert_eq!(net.show().warm, 4 - 1 + u32::from(net.show().warm == 4), "nothing was changed");
+        assert!(
+            links().await.contains_key(&lease.tap) && ruleset().contains("masquerade"),
+            "nothing was changed"
+        );
         drop(user);
 
         net.teardown().await.unwrap();
@@ -64,7 +64,7 @@ fn it_comes_up_warm_and_goes_without_a_trace() {
 
         let again = Network::start(&world.config).await.unwrap();
         assert_eq!(again.list().leases[0].lease.tap, lease.tap, "leases outlive the devices");
-        assert!(taps.len() >= 4 && links().await.contains_key(&lease.tap));
+        assert!(links().await.contains_key(&lease.tap));
         again.teardown().await.unwrap();
     });
 }

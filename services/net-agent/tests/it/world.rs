@@ -10,21 +10,21 @@ use bothy_testkit::{Netns, TempDir};
 use rtnetlink::{LinkUnspec, LinkVeth};
 use std::{collections::BTreeMap, net::IpAddr, os::fd::AsRawFd};
 
-pub struct World {
-    pub ns: Netns,
-    pub config: Config,
+pub(crate) struct World {
+    pub(crate) ns: Netns,
+    pub(crate) config: Config,
     _dir: TempDir,
 }
 
 impl World {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let dir = bothy_testkit::temp_dir();
         let config = Config::new(dir.path().join("state"), dir.path().join("run"));
         Self { ns: Netns::new(), config, _dir: dir }
     }
 
     /// Runs `f` in the namespace, with an agent that has just started.
-    pub fn with_agent<T: Send, F: Future<Output = T> + Send>(
+    pub(crate) fn with_agent<T: Send, F: Future<Output = T> + Send>(
         &self,
         f: impl FnOnce(Network) -> F + Send,
     ) -> T {
@@ -32,7 +32,7 @@ impl World {
     }
 
     /// A namespace that is this one's neighbour: 192.0.2.1 here on `up0`, 192.0.2.2 there.
-    pub fn neighbour(&self) -> Netns {
+    pub(crate) fn neighbour(&self) -> Netns {
         let other = Netns::new();
         self.ns.block_on(async {
             let (connection, handle, _) = rtnetlink::new_connection().unwrap();
@@ -48,7 +48,7 @@ impl World {
         other
     }
 
-    pub fn forwarding(&self, link: &str) -> String {
+    pub(crate) fn forwarding(&self, link: &str) -> String {
         let path = format!("/proc/sys/net/ipv4/conf/{link}/forwarding");
         self.ns.run(|| fs_err::read_to_string(path)).unwrap().trim().to_owned()
     }
@@ -65,16 +65,16 @@ fn configure(ns: &Netns, link: &str, address: IpAddr) {
 }
 
 /// The links of the namespace of the running task.
-pub async fn links() -> BTreeMap<String, Link> {
+pub(crate) async fn links() -> BTreeMap<String, Link> {
     Links::open().unwrap().list().await.unwrap()
 }
 
 /// The TAPs among them.
-pub async fn taps() -> BTreeMap<String, Link> {
+pub(crate) async fn taps() -> BTreeMap<String, Link> {
     links().await.into_iter().filter(|(name, _)| name.starts_with("bothy-tap-")).collect()
 }
 
 /// The whole nftables ruleset of the namespace of the calling thread, as JSON.
-pub fn ruleset() -> String {
+pub(crate) fn ruleset() -> String {
     Nft::open().unwrap().run(r#"{"nftables":[{"list":{"ruleset":null}}]}"#).unwrap()
 }
