@@ -1,0 +1,29 @@
+//! Becoming the VMM.
+
+use nix::sys::{prctl, signal::Signal};
+use std::{
+    io::Write,
+    os::unix::process::CommandExt,
+    process::{Command, ExitCode},
+};
+
+/// Tied to `parent`'s life, becomes `argv`. Returns only where that fails; the reason is on standard error.
+pub(crate) fn run(parent: i32, argv: &[String]) -> ExitCode {
+    let why = become_vmm(parent, argv);
+    // The holder reads this into vmm.log, and reports it.
+    drop(writeln!(std::io::stderr(), "bothy-vmm: {why}"));
+    ExitCode::from(127)
+}
+
+fn become_vmm(parent: i32, argv: &[String]) -> String {
+    if let Err(err) = prctl::set_pdeathsig(Signal::SIGKILL) {
+        return format!("cannot tie the VMM to its holder: {err}");
+    }
+    // The parent may have died before that call; then the signal never comes (prctl(2)).
+    if nix::unistd::getppid().as_raw() != parent {
+        return "the holder is gone".into();
+    }
+    let Some((program, args)) = argv.split_first() else { return "no program is given".into() };
+    let err = Command::new(program).args(args).exec();
+    format!("cannot run {program}: {err}")
+}

@@ -1,0 +1,277 @@
+//! The holder: starts the VMM, keeps what must not break, and writes down how it ended.
+
+use crate::{
+    log::Log,
+    os_error,
+    qmp::Qmp,
+    say,
+    serve::{self, Vm},
+};
+use bothy_channel::host::Connector;
+use bothy_contract::{Code, Error, vm::ExitRecord};
+use bothy_vm_agent::vmm::wire::{self, HolderHandle, LaunchSpec, Launched, MAX_LINE, Process};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use std::{
+    cell::{Cell, RefCell},
+    io::{Read, Write},
+    os::unix::{fs::PermissionsExt, process::ExitStatusExt},
+    path::Path,
+    process::{ExitCode, ExitStatus, Stdio},
+    rc::Rc,
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt},
+    net::{UnixListener, UnixStream},
+    process::{Child, Command},
+    signal::unix::{SignalKind, signal},
+    task::JoinHandle,
+};
+
+/// How long the VMM may take from its start to its monitor's first answer.
+const START: Duration = Duration::from_secs(10);
+/// How long the VMM may take to end in its own way when the holder is told to.
+const GRACE: Duration = Duration::from_secs(2);
+/// How long the last of the console may take to be read once the VMM has ended.
+const DRAIN: Duration = Duration::from_secs(1);
+
+/// Holds the VM specified on standard input; the first word on standard output says whether it runs.
+pub(crate) fn run() -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(err) => return say(&Launched::Failed(os_error("cannot start the holder")(err))),
+    };
+    match tokio::task::LocalSet::new().block_on(&runtime, hold()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failed::Start(err)) => say(&Launched::Failed(err)),
+        Err(Failed::Later(err)) => {
+            drop(writeln!(std::io::stderr(), "bothy-vmm: {err}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// An error before or after the first word.
+enum Failed {
+    Start(Error),
+    Later(Error),
+}
+
+impl From<Error> for Failed {
+    fn from(err: Error) -> Self {
+        Failed::Start(err)
+    }
+}
+
+/// The sockets, listened on before the VMM is started: it connects, and nothing polls.
+struct Sockets {
+    holder: UnixListener,
+    qmp: UnixListener,
+    control: UnixListener,
+    bulk: UnixListener,
+}
+
+/// A started VMM and the tasks that keep its output.
+struct Vmm {
+    child: Child,
+    console: JoinHandle<()>,
+    errors: JoinHandle<()>,
+}
+
+/// What a VMM connects, in whatever order it does.
+struct Connections {
+    qmp: Qmp,
+    control: UnixStream,
+    bulk: UnixStream,
+}
+
+async fn hold() -> Result<(), Failed> {
+    // Out of the agent's session: a hang-up or interrupt meant for the agent does not come here.
+    nix::unistd::setsid().map_err(|e| Error::internal("cannot begin a session", &e))?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(os_error("cannot wait for signals"))?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(os_error("cannot wait for signals"))?;
+    let spec = read_spec()?;
+    let sockets = listen(&spec.dir)?;
+    let mut vmm = start(&spec)?;
+    let connections = tokio::select! {
+        connected = tokio::time::timeout(START, accept(&sockets)) => match connected {
+            Ok(Ok(connections)) => connections,
+            Ok(Err(err)) => return Err(give_up(vmm, &spec, &format!("its sockets failed: {err}")).await),
+            Err(_) => return Err(give_up(vmm, &spec, "it did not answer in time").await),
+        },
+        _ = vmm.child.wait() => return Err(give_up(vmm, &spec, "it ended").await),
+        _ = terminate.recv() => return Err(give_up(vmm, &spec, "the holder was told to end").await),
+    };
+    let Some(handle) = find(&vmm.child) else { return Err(give_up(vmm, &spec, "it ended").await) };
+    let vm = Rc::new(Vm {
+        id: spec.vm,
+        vmm_version: spec.vmm.clone(),
+        handle,
+        control: Connector::new(connections.control),
+        bulk: Connector::new(connections.bulk),
+        qmp: connections.qmp,
+        exit: RefCell::new(None),
+        opened: Cell::new(0),
+    });
+    let serving = tokio::task::spawn_local(serve::serve(sockets.holder, vm.clone()));
+    say(&Launched::Running(handle));
+    silence().map_err(Failed::Later)?;
+
+    let status = tokio::select! {
+        status = vmm.child.wait() => status,
+        _ = terminate.recv() => end(&mut vmm.child).await,
+        _ = interrupt.recv() => end(&mut vmm.child).await,
+    };
+    let status = status.map_err(|e| Failed::Later(os_error("cannot wait for the VMM")(e)))?;
+    let record = record(status);
+    *vm.exit.borrow_mut() = Some(record.clone());
+    drain(vmm).await;
+    let written = write_record(&spec.dir, &record);
+    serving.abort();
+    remove_sockets(&spec.dir);
+    written.map_err(|e| Failed::Later(os_error("cannot write down how the VMM ended")(e)))
+}
+
+fn read_spec() -> Result<LaunchSpec, Error> {
+    let mut text = Vec::new();
+    std::io::stdin()
+        .take(MAX_LINE as u64)
+        .read_to_end(&mut text)
+        .map_err(os_error("cannot read the launch specification"))?;
+    let spec: LaunchSpec = serde_json::from_slice(&text)
+        .map_err(|e| Error::invalid(format!("standard input is not a launch specification: {e}")))?;
+    spec.check()?;
+    Ok(spec)
+}
+
+fn listen(dir: &Path) -> Result<Sockets, Error> {
+    let bind = |name: &str, mode: u32| {
+        let path = dir.join(name);
+        let listener =
+            UnixListener::bind(&path).map_err(os_error(format!("cannot listen on {}", path.display())))?;
+        fs_err::set_permissions(&path, std::fs::Permissions::from_mode(mode))
+            .map_err(os_error("cannot set the mode of a socket"))?;
+        Ok::<_, Error>(listener)
+    };
+    Ok(Sockets {
+        // For the agent's group: the directory passes it on.
+        holder: bind(wire::HOLDER_SOCKET, 0o660)?,
+        qmp: bind(wire::QMP_SOCKET, 0o600)?,
+        control: bind(wire::CONTROL_SOCKET, 0o600)?,
+        bulk: bind(wire::BULK_SOCKET, 0o600)?,
+    })
+}
+
+fn start(spec: &LaunchSpec) -> Result<Vmm, Error> {
+    let log = |name: &str| Log::open(spec.dir.join(name)).map_err(os_error("cannot open a log"));
+    let (console, errors) = (log(wire::CONSOLE_LOG)?, log(wire::VMM_LOG)?);
+    let mut child = Command::new("/proc/self/exe")
+        .arg("exec")
+        .arg(format!("--parent={}", std::process::id()))
+        .arg("--")
+        .args(&spec.argv)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(os_error("cannot start the VMM"))?;
+    let (Some(out), Some(err)) = (child.stdout.take(), child.stderr.take()) else {
+        return Err(Error::new(Code::Internal, "cannot start the VMM: no pipes"));
+    };
+    Ok(Vmm {
+        child,
+        console: tokio::task::spawn_local(keep(out, console)),
+        errors: tokio::task::spawn_local(keep(err, errors)),
+    })
+}
+
+/// Copies what is written to `from` into `log`. A log that cannot be written does not stop the guest.
+async fn keep(mut from: impl AsyncRead + Unpin, mut log: Log) {
+    let mut buf = vec![0; 16 << 10];
+    while let Ok(n) = from.read(&mut buf).await {
+        if n == 0 {
+            return;
+        }
+        drop(log.write(buf.get(..n).unwrap_or_default()));
+    }
+}
+
+async fn accept(sockets: &Sockets) -> std::io::Result<Connections> {
+    let qmp = async { Qmp::negotiate(sockets.qmp.accept().await?.0).await };
+    let control = async { Ok(sockets.control.accept().await?.0) };
+    let bulk = async { Ok(sockets.bulk.accept().await?.0) };
+    let (qmp, control, bulk) = tokio::try_join!(qmp, control, bulk)?;
+    Ok(Connections { qmp, control, bulk })
+}
+
+fn find(child: &Child) -> Option<HolderHandle> {
+    Some(HolderHandle { holder: Process::find(std::process::id())?, vmm: Process::find(child.id()?)? })
+}
+
+/// Ends a VMM that did not come up, and says why with its own last words.
+async fn give_up(mut vmm: Vmm, spec: &LaunchSpec, why: &str) -> Failed {
+    drop(vmm.child.start_kill());
+    let status = vmm.child.wait().await.map(|status| format!(" ({status})")).unwrap_or_default();
+    drain(vmm).await;
+    remove_sockets(&spec.dir);
+    let log = wire::read_untrusted(&spec.dir.join(wire::VMM_LOG), 2 << 20).unwrap_or_default();
+    let log = String::from_utf8_lossy(&log);
+    let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
+    let said = lines.get(lines.len().saturating_sub(3)..).unwrap_or_default().join("; ");
+    let said = if said.is_empty() { "it said nothing".to_owned() } else { said };
+    Failed::Start(Error::new(Code::Internal, format!("the VMM did not start: {why}{status}: {said}")))
+}
+
+/// Ends the VMM: in its own way, so that it flushes its disks, or soon after by force.
+async fn end(child: &mut Child) -> std::io::Result<ExitStatus> {
+    if let Some(pid) = child.id().and_then(|pid| i32::try_from(pid).ok()) {
+        // Ended already: the wait below sees it.
+        let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+    }
+    if let Ok(status) = tokio::time::timeout(GRACE, child.wait()).await {
+        return status;
+    }
+    child.start_kill()?;
+    child.wait().await
+}
+
+/// Reads the last of its output; nothing else holds those pipes, but nothing here may wait for ever.
+async fn drain(vmm: Vmm) {
+    let rest = async { tokio::join!(vmm.console, vmm.errors) };
+    drop(tokio::time::timeout(DRAIN, rest).await);
+}
+
+/// Nobody listens to standard output any more, and whoever waits for its end must not wait for ours.
+fn silence() -> Result<(), Error> {
+    let null = fs_err::OpenOptions::new()
+        .write(true)
+        .open("/dev/null")
+        .map_err(os_error("cannot let go of standard output"))?;
+    nix::unistd::dup2_stdout(&null.into_parts().0)
+        .map_err(|e| Error::internal("cannot let go of standard output", &e))
+}
+
+fn record(status: ExitStatus) -> ExitRecord {
+    ExitRecord { at: jiff::Timestamp::now(), status: status.code(), signal: status.signal() }
+}
+
+/// Whole or not at all, and there after a crash of the host.
+fn write_record(dir: &Path, record: &ExitRecord) -> std::io::Result<()> {
+    let (path, beside) = (dir.join(wire::EXIT_RECORD), dir.join("exit.json.new"));
+    let mut file = fs_err::File::create(&beside)?;
+    file.write_all(&serde_json::to_vec(record)?)?;
+    file.sync_all()?;
+    fs_err::rename(&beside, &path)?;
+    fs_err::File::open(dir)?.sync_all()
+}
+
+/// So that nobody takes a dead holder's sockets for a living one's.
+fn remove_sockets(dir: &Path) {
+    for name in [wire::HOLDER_SOCKET, wire::QMP_SOCKET, wire::CONTROL_SOCKET, wire::BULK_SOCKET] {
+        drop(fs_err::remove_file(dir.join(name)));
+    }
+}

@@ -1,0 +1,134 @@
+//! Launching a holder: the part that still has the agent's rights, and gives them up.
+
+use crate::os_error;
+use bothy_contract::{Code, Error};
+use bothy_vm_agent::vmm::wire::{self, LaunchSpec, Launched, MAX_LINE};
+use fs_err::os::unix::fs::OpenOptionsExt;
+use nix::{
+    sys::stat::{Mode, umask},
+    unistd::{Gid, Uid, chown, getegid, geteuid, setgroups, setresgid, setresuid},
+};
+use std::{
+    io::{Read, Write},
+    os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt},
+    path::Path,
+    process::{Command, Stdio},
+};
+
+/// Does all of it; what went wrong is in the outcome.
+pub(crate) fn run() -> Launched {
+    launch().unwrap_or_else(Launched::Failed)
+}
+
+fn launch() -> Result<Launched, Error> {
+    let mut text = Vec::new();
+    std::io::stdin()
+        .take(MAX_LINE as u64)
+        .read_to_end(&mut text)
+        .map_err(os_error("cannot read the launch specification"))?;
+    let spec: LaunchSpec = serde_json::from_slice(&text)
+        .map_err(|e| Error::invalid(format!("standard input is not a launch specification: {e}")))?;
+    spec.check()?;
+    make_directory(&spec)?;
+    become_user(&spec)?;
+    start(&spec, &text)
+}
+
+/// Makes the directory anew: it is the VM's user's and the agent's group's, others may nothing.
+fn make_directory(spec: &LaunchSpec) -> Result<(), Error> {
+    let dir = &spec.dir;
+    match fs_err::symlink_metadata(dir) {
+        Ok(_) => clear(dir)?,
+        Err(err) if err.kind() == std::io::ErrorKind::NotFound => {}
+        Err(err) => return Err(os_error("cannot look at the holder's directory")(err)),
+    }
+    std::fs::DirBuilder::new()
+        .mode(0o700)
+        .create(dir)
+        .map_err(os_error(format!("cannot make the holder's directory {}", dir.display())))?;
+    // Set-group-id: what the holder makes in it belongs to the agent's group, which the holder is not in. Before the
+    // change of owner, since only an owner may; a directory keeps the bit through it (chown(2)).
+    fs_err::set_permissions(dir, std::fs::Permissions::from_mode(0o2770))
+        .map_err(os_error("cannot set the mode of the holder's directory"))?;
+    chown(dir, Some(Uid::from_raw(spec.uid)), Some(getegid()))
+        .map_err(|err| Error::internal(format!("cannot hand over {}", dir.display()), &err))
+}
+
+/// Removes what an earlier holder left, if it is one's directory and nobody lives in it.
+fn clear(dir: &Path) -> Result<(), Error> {
+    let socket = dir.join(wire::HOLDER_SOCKET);
+    if std::os::unix::net::UnixStream::connect(&socket).is_ok() {
+        return Err(Error::new(Code::AlreadyExists, format!("a holder answers on {}", socket.display())));
+    }
+    // A mistaken path must not cost anybody a directory: only what holders make is removed.
+    let known = [wire::CONSOLE_LOG, wire::VMM_LOG, wire::EXIT_RECORD];
+    for entry in fs_err::read_dir(dir).map_err(os_error("cannot read the holder's directory"))? {
+        let entry = entry.map_err(os_error("cannot read the holder's directory"))?;
+        let kind = entry.file_type().map_err(os_error("cannot look into the holder's directory"))?;
+        let name = entry.file_name();
+        let ours = kind.is_socket() || known.iter().any(|known| name.to_string_lossy().starts_with(known));
+        if !ours || kind.is_dir() {
+            return Err(Error::new(
+                Code::FailedPrecondition,
+                format!("{} holds {}, which no holder made", dir.display(), name.display()),
+            ));
+        }
+    }
+    fs_err::remove_dir_all(dir).map_err(os_error("cannot remove an earlier holder's directory"))
+}
+
+/// Gives up everything but the VM's user: groups, user, and the capabilities that an agent which is not root has.
+fn become_user(spec: &LaunchSpec) -> Result<(), Error> {
+    let (uid, gid) = (Uid::from_raw(spec.uid), Gid::from_raw(spec.gid));
+    let failed = |err: nix::Error| {
+        Error::internal(format!("cannot become user {uid}"), &err)
+            .hint("the vm-agent runs as root, or with CAP_SETUID, CAP_SETGID and CAP_CHOWN")
+    };
+    if geteuid() != uid {
+        let groups: Vec<Gid> = spec.groups.iter().copied().map(Gid::from_raw).collect();
+        setgroups(&groups).map_err(failed)?;
+        setresgid(gid, gid, gid).map_err(failed)?;
+        setresuid(uid, uid, uid).map_err(failed)?;
+    }
+    // A change from one plain user to another keeps ambient capabilities (capabilities(7)); the next exec would too.
+    rustix::thread::clear_ambient_capability_set()
+        .map_err(|e| failed(nix::Error::from_raw(e.raw_os_error())))?;
+    nix::sys::prctl::set_no_new_privs().map_err(failed)?;
+    umask(Mode::from_bits_truncate(0o027));
+    Ok(())
+}
+
+/// Starts `hold` and passes on its first word.
+fn start(spec: &LaunchSpec, text: &[u8]) -> Result<Launched, Error> {
+    let log = spec.dir.join(wire::VMM_LOG);
+    let stderr = fs_err::OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o640)
+        .open(&log)
+        .map_err(os_error("cannot open the VMM's log"))?;
+    let path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/local/bin:/usr/bin:/bin".into());
+    let mut hold = Command::new("/proc/self/exe")
+        .arg("hold")
+        .env_clear()
+        .env("PATH", path)
+        .current_dir("/")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(stderr.into_parts().0)
+        .spawn()
+        .map_err(os_error("cannot start the holder"))?;
+    let (Some(mut stdin), Some(stdout)) = (hold.stdin.take(), hold.stdout.take()) else {
+        return Err(Error::new(Code::Internal, "cannot start the holder: no pipes"));
+    };
+    // A holder that died at once says why below.
+    drop(stdin.write_all(text));
+    drop(stdin);
+    let mut word = Vec::new();
+    stdout.take(MAX_LINE as u64).read_to_end(&mut word).map_err(os_error("cannot hear the holder"))?;
+    serde_json::from_slice(&word).map_err(|_| {
+        let said = wire::read_untrusted(&log, 64 << 10).unwrap_or_default();
+        let said = String::from_utf8_lossy(&said);
+        Error::new(Code::Internal, format!("the holder ended without a word: {}", said.trim()))
+    })
+}

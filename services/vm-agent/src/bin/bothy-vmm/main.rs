@@ -1,0 +1,71 @@
+//! `bothy-vmm`: keeps one VM's VMM, as the VM's own user, for exactly as long as the VM lives.
+//!
+//! ```text
+//! vm-agent -- bothy-vmm launch        makes the directory, becomes the VM's user, waits for the first word, exits
+//!                  '-- bothy-vmm hold         a session of its own; answers on holder.sock; soon a child of init
+//!                           '-- bothy-vmm exec     asks the kernel to kill it with its parent, then becomes the VMM
+//! ```
+//! It does as little as it can, so that it need not be replaced under a running VM: no bus, no database, no guest protocol.
+
+mod exec;
+mod hold;
+mod launch;
+mod log;
+mod qmp;
+mod serve;
+
+use bothy_contract::Error;
+use bothy_vm_agent::vmm::wire::Launched;
+use clap::{Parser, Subcommand};
+use std::{io::Write, process::ExitCode};
+
+#[derive(Debug, Parser)]
+#[command(name = "bothy-vmm", version, about = "Keeps the VMM of one VM; started by bothy-vm-agent")]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Starts a holder from the launch specification on standard input, and prints one line of JSON
+    Launch,
+    /// The holder itself
+    Hold,
+    /// Becomes the VMM
+    Exec {
+        /// The holder's process id
+        #[arg(long)]
+        parent: i32,
+        /// The VMM's program and arguments
+        #[arg(last = true, required = true)]
+        argv: Vec<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    match Args::parse().command {
+        Command::Launch => {
+            let launched = launch::run();
+            say(&launched)
+        }
+        Command::Hold => hold::run(),
+        Command::Exec { parent, argv } => exec::run(parent, &argv),
+    }
+}
+
+/// Prints the outcome of a launch for whoever asked for it.
+fn say(launched: &Launched) -> ExitCode {
+    let line = serde_json::to_vec(launched).unwrap_or_default();
+    let mut out = std::io::stdout().lock();
+    let said = out.write_all(&line).and_then(|()| out.write_all(b"\n")).and_then(|()| out.flush());
+    match (launched, said) {
+        (Launched::Running(_), Ok(())) => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
+    }
+}
+
+/// An error of the operating system, with what was being done.
+fn os_error(what: impl std::fmt::Display) -> impl FnOnce(std::io::Error) -> Error {
+    move |err| Error::internal(what, &err)
+}

@@ -1,0 +1,162 @@
+//! Answering on `holder.sock`: one request line per connection.
+
+use crate::qmp::Qmp;
+use bothy_channel::host::Connector;
+use bothy_contract::{VmId, vm::ExitRecord};
+use bothy_vm_agent::vmm::wire::{HolderHandle, MAX_LINE, State, Status};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use std::{
+    cell::{Cell, RefCell},
+    io,
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, Interest},
+    net::{UnixListener, UnixStream},
+    sync::Semaphore,
+};
+
+/// Connections that may be open at once: every stream of both ports, and some requests.
+const MAX_CONNECTIONS: usize = 2 * bothy_channel::MAX_STREAMS + 32;
+/// How long a caller may take to send its line.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// The guest port that rides the first virtio-serial port; all others ride the second.
+const CONTROL_PORT: u32 = 1;
+
+/// What the holder knows of its VM.
+#[derive(Debug)]
+pub(crate) struct Vm {
+    pub(crate) id: VmId,
+    pub(crate) vmm_version: String,
+    pub(crate) handle: HolderHandle,
+    pub(crate) control: Connector,
+    pub(crate) bulk: Connector,
+    pub(crate) qmp: Qmp,
+    pub(crate) exit: RefCell<Option<ExitRecord>>,
+    pub(crate) opened: Cell<u64>,
+}
+
+/// Serves for ever; needs a `LocalSet`.
+pub(crate) async fn serve(listener: UnixListener, vm: Rc<Vm>) {
+    let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let Ok(permit) = room.clone().acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let vm = vm.clone();
+                tokio::task::spawn_local(async move {
+                    // A caller that went away is nobody's error.
+                    drop(answer(stream, &vm).await);
+                    drop(permit);
+                });
+            }
+            // Out of descriptors: those that are open must end first.
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+        }
+    }
+}
+
+async fn answer(mut stream: UnixStream, vm: &Vm) -> io::Result<()> {
+    let line = match tokio::time::timeout(PATIENCE, line(&mut stream)).await {
+        Ok(line) => line?,
+        Err(_) => return Ok(()),
+    };
+    let (verb, rest) = line.split_once(' ').unwrap_or((line.as_str(), ""));
+    let reply = match verb {
+        "CONNECT" => match rest.parse() {
+            Ok(port) => return connect(stream, vm, port).await,
+            Err(_) => format!("ERR `{}` is not a port", rest.escape_default()),
+        },
+        "STATUS" => status(vm),
+        "KILL" => signal(vm, rest),
+        "QMP" => monitor(vm, rest).await,
+        _ => "ERR not one of CONNECT, STATUS, KILL, QMP".into(),
+    };
+    stream.write_all(format!("{reply}\n").as_bytes()).await
+}
+
+/// One line, and not a byte more: what follows belongs to the stream.
+async fn line(stream: &mut UnixStream) -> io::Result<String> {
+    let mut line = Vec::new();
+    loop {
+        let byte = stream.read_u8().await?;
+        if byte == b'\n' {
+            return String::from_utf8(line).map_err(io::Error::other);
+        }
+        line.push(byte);
+        if line.len() > MAX_LINE {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a request without an end"));
+        }
+    }
+}
+
+async fn connect(mut stream: UnixStream, vm: &Vm, port: u32) -> io::Result<()> {
+    let connector = if port == CONTROL_PORT { &vm.control } else { &vm.bulk };
+    let opened = tokio::select! {
+        opened = connector.open(port) => opened,
+        // The caller gave up before the guest's session was there.
+        () = gone(&stream) => return Ok(()),
+    };
+    match opened {
+        Ok(mut guest) => {
+            let number = vm.opened.get() + 1;
+            vm.opened.set(number);
+            stream.write_all(format!("OK {number}\n").as_bytes()).await?;
+            tokio::io::copy_bidirectional(&mut stream, &mut guest).await.map(|_| ())
+        }
+        Err(err) => stream.write_all(format!("ERR {err}\n").as_bytes()).await,
+    }
+}
+
+/// Waits until the caller has hung up; never ends where it sends ahead of its `OK`, which hides that.
+async fn gone(stream: &UnixStream) {
+    match stream.ready(Interest::READABLE).await {
+        Ok(ready) if !ready.is_read_closed() => std::future::pending().await,
+        _ => {}
+    }
+}
+
+fn status(vm: &Vm) -> String {
+    let exit = vm.exit.borrow().clone();
+    let status = Status {
+        vm: vm.id,
+        vmm_version: vm.vmm_version.clone(),
+        handle: vm.handle,
+        state: if exit.is_some() { State::Exited } else { State::Running },
+        exit,
+        control_up: vm.control.is_ready(),
+        bulk_up: vm.bulk.is_ready(),
+    };
+    serde_json::to_string(&status).unwrap_or_else(|err| format!("ERR {err}"))
+}
+
+fn signal(vm: &Vm, number: &str) -> String {
+    // Between its end and its being reaped here the id is still its own; after that it may be anybody's.
+    if vm.exit.borrow().is_some() {
+        return "ERR the VMM has ended".into();
+    }
+    let Some(signal) = number.parse().ok().and_then(|number: i32| Signal::try_from(number).ok()) else {
+        return format!("ERR `{}` is not a signal", number.escape_default());
+    };
+    let Ok(pid) = i32::try_from(vm.handle.vmm.pid) else { return "ERR no such process".into() };
+    match kill(Pid::from_raw(pid), signal) {
+        Ok(()) => "OK".into(),
+        Err(err) => format!("ERR {err}"),
+    }
+}
+
+async fn monitor(vm: &Vm, command: &str) -> String {
+    let command = match serde_json::from_str(command) {
+        Ok(command) => command,
+        Err(err) => return format!("ERR not a JSON command: {err}"),
+    };
+    match vm.qmp.call(command).await {
+        Ok(answer) => answer.to_string(),
+        Err(err) => format!("ERR {err}"),
+    }
+}

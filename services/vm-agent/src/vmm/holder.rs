@@ -1,0 +1,254 @@
+//! The agent's end of a holder: start one, find it again, talk to it.
+//!
+//! Nothing here trusts the holder's directory: it belongs to the VM's user, and so to whoever breaks out of the VMM.
+
+use super::{
+    Verb,
+    wire::{self, HolderHandle, LaunchSpec, Launched, MAX_LINE, Process, Status},
+};
+use bothy_contract::{Code, Error, vm::ExitRecord};
+use std::{
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::UnixStream,
+};
+
+/// How long a holder may take to answer anything but `CONNECT`; it answers in microseconds, its VMM in milliseconds.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// How long a launch may take; the holder itself gives up on the VMM before that.
+const LAUNCH: Duration = Duration::from_secs(20);
+
+/// The holder of one VM, by its directory.
+#[derive(Debug, Clone)]
+pub struct Holder {
+    dir: PathBuf,
+    uid: u32,
+}
+
+/// The `bothy-vmm` beside the running program.
+///
+/// # Errors
+/// The running program's path is not known.
+pub fn program() -> Result<PathBuf, Error> {
+    let me = std::env::current_exe().map_err(|e| Error::internal("cannot find the running program", &e))?;
+    Ok(me.with_file_name("bothy-vmm"))
+}
+
+impl Holder {
+    /// The holder whose directory is `dir` and who runs as `uid`, whether it lives or not.
+    pub fn new(dir: impl Into<PathBuf>, uid: u32) -> Self {
+        Self { dir: dir.into(), uid }
+    }
+
+    /// Starts a holder and its VMM: `program` is `bothy-vmm`. Once this returns, the VMM answers, and lives on whatever
+    /// happens to the caller. Where it fails, nothing runs. It is not cancelled by dropping: the holder may then live, and
+    /// shows by its socket.
+    ///
+    /// # Errors
+    /// What `bothy-vmm` or the VMM said.
+    pub async fn launch(program: &Path, spec: &LaunchSpec) -> Result<(Self, HolderHandle), Error> {
+        spec.check()?;
+        let failed = |what: &str, err: &dyn std::fmt::Display| {
+            Error::new(Code::Internal, format!("cannot {what} {}: {err}", program.display()))
+        };
+        let mut child = tokio::process::Command::new(program)
+            .arg("launch")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .map_err(|e| failed("run", &e).hint("install `bothy-vmm` beside `bothy-vm-agent`"))?;
+        let (Some(mut stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
+            return Err(failed("talk to", &"no pipes"));
+        };
+        let text = serde_json::to_vec(spec).map_err(|e| failed("specify a VM to", &e))?;
+        let talk = async {
+            stdin.write_all(&text).await?;
+            drop(stdin);
+            let mut answer = Vec::new();
+            stdout.take(MAX_LINE as u64).read_to_end(&mut answer).await?;
+            child.wait().await?;
+            Ok::<_, std::io::Error>(answer)
+        };
+        let answer = tokio::time::timeout(LAUNCH, talk)
+            .await
+            .map_err(|_| failed("wait for", &"it did not answer in time"))?
+            .map_err(|e| failed("talk to", &e))?;
+        match serde_json::from_slice(&answer) {
+            Ok(Launched::Running(handle)) => Ok((Self::new(&spec.dir, spec.uid), handle)),
+            Ok(Launched::Failed(err)) => Err(err),
+            Err(err) => Err(failed("understand", &err)),
+        }
+    }
+
+    /// The holder's directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Opens a raw stream to `port` of the guest. It waits for the guest's session as long as that takes: give it a
+    /// deadline.
+    ///
+    /// # Errors
+    /// No holder answers (`Unavailable`), or what it said.
+    pub async fn connect(&self, port: u32) -> Result<UnixStream, Error> {
+        let mut stream = self.dial().await?;
+        self.say(&mut stream, &format!("CONNECT {port}")).await?;
+        let line = self.line(&mut stream).await?;
+        match line.strip_prefix("OK ") {
+            Some(_) => Ok(stream),
+            None => Err(self.refused("connect to the guest", &line)),
+        }
+    }
+
+    /// How holder and VMM stand.
+    ///
+    /// # Errors
+    /// No holder answers (`Unavailable`).
+    pub async fn status(&self) -> Result<Status, Error> {
+        let line = self.ask("STATUS").await?;
+        serde_json::from_str(&line).map_err(|_| self.refused("tell its status", &line))
+    }
+
+    /// Sends `signal` to the VMM.
+    ///
+    /// # Errors
+    /// No holder answers (`Unavailable`), or the VMM has ended.
+    pub async fn kill(&self, signal: i32) -> Result<(), Error> {
+        let line = self.ask(&format!("KILL {signal}")).await?;
+        if line == "OK" { Ok(()) } else { Err(self.refused("signal the VMM", &line)) }
+    }
+
+    /// Sends a command to the VMM's monitor and gives what it returned.
+    ///
+    /// # Errors
+    /// No holder answers (`Unavailable`), or what the VMM said against it.
+    pub async fn qmp(&self, command: &serde_json::Value) -> Result<serde_json::Value, Error> {
+        let line = self.ask(&format!("QMP {command}")).await?;
+        let answer: serde_json::Value =
+            serde_json::from_str(&line).map_err(|_| self.refused("reach the VMM's monitor", &line))?;
+        if let Some(value) = answer.get("return") {
+            return Ok(value.clone());
+        }
+        let said =
+            answer.pointer("/error/desc").and_then(|desc| desc.as_str()).unwrap_or("it gave no reason");
+        Err(self.refused("carry out a monitor command", said))
+    }
+
+    /// Carries out what a driver wants done.
+    ///
+    /// # Errors
+    /// As for [`Holder::qmp`] and [`Holder::kill`].
+    pub async fn perform(&self, verb: &Verb) -> Result<(), Error> {
+        match verb {
+            Verb::Qmp(command) => self.qmp(command).await.map(|_| ()),
+            Verb::Signal(signal) => self.kill(*signal).await,
+        }
+    }
+
+    /// Whether the holder that `handle` names lives and keeps a running VMM. What a restarted agent asks before it believes
+    /// its records: both processes must be the ones of then, and the holder must say so itself.
+    pub async fn is_alive(&self, handle: &HolderHandle) -> bool {
+        handle.holder.is_alive()
+            && handle.vmm.is_alive()
+            && matches!(self.status().await, Ok(status) if status.handle == *handle && status.state == wire::State::Running)
+    }
+
+    /// Waits until the process is gone. It need not be a child (pidfd_open(2)).
+    ///
+    /// # Errors
+    /// The kernel gives no pidfd for another reason than that.
+    pub async fn gone(process: Process) -> Result<(), Error> {
+        let failed =
+            |err: std::io::Error| Error::internal(format!("cannot watch process {}", process.pid), &err);
+        let pid = i32::try_from(process.pid).ok().and_then(rustix::process::Pid::from_raw);
+        let Some(pid) = pid else { return Ok(()) };
+        let fd = match rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::NONBLOCK) {
+            Ok(fd) => fd,
+            Err(rustix::io::Errno::SRCH) => return Ok(()),
+            Err(err) => return Err(failed(err.into())),
+        };
+        // Checked after the pidfd is there: from here on it cannot be another's.
+        if !process.is_alive() {
+            return Ok(());
+        }
+        // tokio's only safe way to wait on any pollable descriptor; nothing is ever read from it.
+        let fd = tokio::net::unix::pipe::Receiver::from_owned_fd_unchecked(fd).map_err(failed)?;
+        fd.readable().await.map(|_| ()).map_err(failed)
+    }
+
+    /// How the last VMM ended; `None` while it runs, or where holder and host went down with it.
+    ///
+    /// # Errors
+    /// The record is there and not readable or not one.
+    pub fn exit(&self) -> Result<Option<ExitRecord>, Error> {
+        let path = self.dir.join(wire::EXIT_RECORD);
+        let bytes = match wire::read_untrusted(&path, 64 << 10) {
+            Ok(bytes) => bytes,
+            Err(err) if err.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(err) => return Err(Error::internal("cannot read how the VMM ended", &err)),
+        };
+        serde_json::from_slice(&bytes)
+            .map(Some)
+            .map_err(|e| Error::internal(format!("{} is not an exit record", path.display()), &e))
+    }
+
+    async fn ask(&self, request: &str) -> Result<String, Error> {
+        let answer = async {
+            let mut stream = self.dial().await?;
+            self.say(&mut stream, request).await?;
+            self.line(&mut stream).await
+        };
+        tokio::time::timeout(PATIENCE, answer).await.map_err(|_| {
+            Error::new(Code::Unavailable, format!("the holder in {} does not answer", self.dir.display()))
+        })?
+    }
+
+    async fn dial(&self) -> Result<UnixStream, Error> {
+        let path = self.dir.join(wire::HOLDER_SOCKET);
+        let unavailable = |err: &dyn std::fmt::Display| {
+            Error::new(Code::Unavailable, format!("no holder answers on {}: {err}", path.display()))
+        };
+        let stream = UnixStream::connect(&path).await.map_err(|e| unavailable(&e))?;
+        let peer = stream.peer_cred().map_err(|e| unavailable(&e))?;
+        if peer.uid() != self.uid {
+            return Err(unavailable(&format!("user {} listens there instead of {}", peer.uid(), self.uid)));
+        }
+        Ok(stream)
+    }
+
+    async fn say(&self, stream: &mut UnixStream, request: &str) -> Result<(), Error> {
+        stream.write_all(format!("{request}\n").as_bytes()).await.map_err(|e| self.broke(&e))
+    }
+
+    /// One line, and not a byte more: what follows belongs to the stream.
+    async fn line(&self, stream: &mut UnixStream) -> Result<String, Error> {
+        let mut line = Vec::new();
+        loop {
+            let byte = stream.read_u8().await.map_err(|e| self.broke(&e))?;
+            if byte == b'\n' {
+                return String::from_utf8(line).map_err(|e| self.broke(&e));
+            }
+            line.push(byte);
+            if line.len() > MAX_LINE {
+                return Err(self.broke(&"its answer has no end"));
+            }
+        }
+    }
+
+    fn broke(&self, err: &dyn std::fmt::Display) -> Error {
+        Error::new(Code::Unavailable, format!("the holder in {} broke off: {err}", self.dir.display()))
+    }
+
+    fn refused(&self, what: &str, line: &str) -> Error {
+        let said = line.strip_prefix("ERR ").unwrap_or(line);
+        Error::new(
+            Code::FailedPrecondition,
+            format!("the holder in {} cannot {what}: {said}", self.dir.display()),
+        )
+    }
+}

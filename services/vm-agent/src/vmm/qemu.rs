@@ -1,0 +1,269 @@
+//! QEMU's microvm machine: the command line as a pure function of the plan. For QEMU 7.2 and newer.
+
+use super::{Accel, Capabilities, Driver, LaunchSpec, Verb, VmPlan, wire};
+use bothy_contract::{Code, Error};
+use serde_json::json;
+use std::path::{Path, PathBuf};
+
+/// HZ of the kernels that images use (Debian: CONFIG_HZ=250). `lpj` depends on it.
+const KERNEL_HZ: u64 = 250;
+/// The oldest QEMU whose microvm machine this command line was tested on.
+const OLDEST: (u32, u32) = (7, 2);
+
+/// The driver for `-M microvm`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct QemuMicrovm {
+    program: PathBuf,
+    version: String,
+}
+
+impl QemuMicrovm {
+    /// A driver for a QEMU whose version is known already.
+    pub fn new(program: impl Into<PathBuf>, version: impl Into<String>) -> Self {
+        Self { program: program.into(), version: version.into() }
+    }
+
+    /// Asks `program` for its version.
+    ///
+    /// # Errors
+    /// It cannot be run, or is too old.
+    pub async fn find(program: &Path) -> Result<Self, Error> {
+        let output = tokio::process::Command::new(program)
+            .arg("--version")
+            .stdin(std::process::Stdio::null())
+            .kill_on_drop(true)
+            .output()
+            .await
+            .map_err(|e| {
+                Error::new(Code::FailedPrecondition, format!("cannot run {}: {e}", program.display()))
+                    .hint("install it with `apt-get install qemu-system-x86`, or set `vm.qemu` in bothy.toml")
+            })?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let version = parse_version(&text).ok_or_else(|| {
+            Error::new(
+                Code::FailedPrecondition,
+                format!("`{} --version` does not name a version of QEMU", program.display()),
+            )
+        })?;
+        let mut numbers = version.split('.').map_while(|n| n.parse::<u32>().ok());
+        if (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) < OLDEST {
+            return Err(Error::new(
+                Code::FailedPrecondition,
+                format!(
+                    "{} is QEMU {version}, which is older than {}.{}",
+                    program.display(),
+                    OLDEST.0,
+                    OLDEST.1
+                ),
+            )
+            .hint("install a newer one, or set `vm.qemu` in bothy.toml"));
+        }
+        Ok(Self::new(program, version))
+    }
+
+    /// QEMU's program.
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+}
+
+/// `QEMU emulator version 10.0.2 (Debian 1:...)` gives `10.0.2`.
+fn parse_version(text: &str) -> Option<String> {
+    let word = text.lines().next()?.split_once("version ")?.1.split_ascii_whitespace().next()?;
+    word.starts_with(|c: char| c.is_ascii_digit()).then(|| word.to_owned())
+}
+
+/// The kernel's command line.
+///
+/// A bare microvm under TCG has no clock to calibrate the time-stamp counter against, and sometimes hangs in trying. The
+/// guest's counter under TCG is the host's, so its frequency is told instead: `tsc_early_khz`, and `lpj` (loops of delay
+/// per jiffy, one loop being one tick of the counter) from it. Under KVM the guest asks kvmclock.
+pub(crate) fn kernel_command_line(accel: Accel, tsc_khz: Option<u32>) -> String {
+    let mut line = "console=ttyS0 panic=-1 reboot=t quiet cryptomgr.notests".to_owned();
+    if accel == Accel::Tcg {
+        if let Some(khz) = tsc_khz {
+            let lpj = u64::from(khz) * 1000 / KERNEL_HZ;
+            line.push_str(&format!(" tsc_early_khz={khz} lpj={lpj}"));
+        }
+        line.push_str(" no_timer_check");
+    }
+    line
+}
+
+/// The part of the command line that does not depend on the VM.
+pub(crate) fn machine(program: &Path, accel: Accel) -> Result<Vec<String>, Error> {
+    let (accelerator, cpu) = match accel {
+        Accel::Kvm => ("kvm", "host"),
+        Accel::Tcg => ("tcg,thread=multi", "qemu64"),
+    };
+    let mut argv = vec![text(program)?];
+    argv.extend(
+        [
+            "-accel",
+            accelerator,
+            "-M",
+            "microvm",
+            "-cpu",
+            cpu,
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+            "-serial",
+            "stdio",
+        ]
+        .map(str::to_owned),
+    );
+    Ok(argv)
+}
+
+fn text(path: &Path) -> Result<String, Error> {
+    path.to_str()
+        .map(str::to_owned)
+        .ok_or_else(|| Error::invalid(format!("path {} is not UTF-8", path.display())))
+}
+
+/// A path as a value within `key=value,...`: QEMU takes a doubled comma for a comma.
+fn value(path: &Path) -> Result<String, Error> {
+    Ok(text(path)?.replace(',', ",,"))
+}
+
+impl Driver for QemuMicrovm {
+    fn name(&self) -> &'static str {
+        "qemu-microvm"
+    }
+
+    fn version(&self) -> &str {
+        &self.version
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { snapshot: true, resize_disk: true }
+    }
+
+    fn launch_spec(&self, plan: &VmPlan) -> Result<LaunchSpec, Error> {
+        for (what, word) in [("TAP name", &plan.tap), ("MAC address", &plan.mac), ("VM name", &plan.name)] {
+            if word.is_empty() || !word.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.:".contains(&b)) {
+                return Err(Error::invalid(format!("{what} `{word}` cannot be put on a command line")));
+            }
+        }
+        let mut argv = machine(&self.program, plan.accel)?;
+        let mut add = |words: &[&str]| argv.extend(words.iter().map(|word| (*word).to_owned()));
+        add(&["-name", &format!("bothy-{},process=bothy-{}", plan.name, plan.name)]);
+        // No new programs and no other user, whatever the guest makes of QEMU.
+        add(&["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
+        add(&["-smp", &plan.cpus.to_string(), "-m", &plan.memory_mib.to_string()]);
+        add(&["-kernel", &text(&plan.kernel)?, "-initrd", &text(&plan.initrd)?]);
+        add(&["-append", &kernel_command_line(plan.accel, plan.tsc_khz)]);
+        for (serial, path, options) in [
+            ("rootfs", &plan.rootfs, ",readonly=on"),
+            // The guest's discards make holes, so that deleted files give their space back.
+            ("system", &plan.system, ",discard=unmap"),
+            ("work", &plan.work, ",discard=unmap"),
+        ] {
+            add(&["-drive", &format!("id={serial},file={},format=raw,if=none{options}", value(path)?)]);
+            add(&["-device", &format!("virtio-blk-device,drive={serial},serial={serial}")]);
+        }
+        add(&["-netdev", &format!("tap,id=net,ifname={},script=no,downscript=no,vhost=off", plan.tap)]);
+        add(&["-device", &format!("virtio-net-device,netdev=net,mac={}", plan.mac)]);
+        add(&["-device", "virtio-rng-device"]);
+        add(&["-device", "virtio-serial-device,id=serial"]);
+        let sockets = [("control", 1, wire::CONTROL_SOCKET), ("bulk", 2, wire::BULK_SOCKET)];
+        for (name, number, socket) in sockets {
+            let path = value(&plan.dir.join(socket))?;
+            add(&["-chardev", &format!("socket,id={name},path={path},server=off")]);
+            add(&[
+                "-device",
+                &format!("virtserialport,bus=serial.0,nr={number},chardev={name},name=bothy.{name}"),
+            ]);
+        }
+        let monitor = value(&plan.dir.join(wire::QMP_SOCKET))?;
+        add(&[
+            "-chardev",
+            &format!("socket,id=qmp,path={monitor},server=off"),
+            "-mon",
+            "chardev=qmp,mode=control",
+        ]);
+        Ok(LaunchSpec {
+            vm: plan.vm,
+            vmm: format!("{} {}", self.name(), self.version),
+            dir: plan.dir.clone(),
+            argv,
+            uid: plan.uid,
+            gid: plan.uid,
+            groups: plan.groups.clone(),
+        })
+    }
+
+    fn quit(&self) -> Verb {
+        Verb::Qmp(json!({ "execute": "quit" }))
+    }
+
+    fn powerdown(&self) -> Verb {
+        Verb::Qmp(json!({ "execute": "system_powerdown" }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan() -> VmPlan {
+        VmPlan {
+            vm: "0192f0c1-2345-7000-8000-000000000001".parse().unwrap(),
+            name: "green-hut".into(),
+            dir: "/run/bothy/vm/1".into(),
+            kernel: "/store/vmlinux".into(),
+            initrd: "/store/initrd".into(),
+            rootfs: "/store/root,fs.img".into(),
+            system: "/disks/system.img".into(),
+            work: "/disks/work.img".into(),
+            cpus: 2,
+            memory_mib: 512,
+            tap: "bothy-tap-0".into(),
+            mac: "52:54:00:00:00:02".into(),
+            uid: 780_000,
+            groups: vec![],
+            accel: Accel::Tcg,
+            tsc_khz: Some(2_445_404),
+        }
+    }
+
+    #[test]
+    fn the_command_line() {
+        let spec = QemuMicrovm::new("/usr/bin/qemu-system-x86_64", "10.0.2").launch_spec(&plan()).unwrap();
+        assert_eq!((spec.uid, spec.gid, spec.vmm.as_str()), (780_000, 780_000, "qemu-microvm 10.0.2"));
+        spec.check().unwrap();
+        insta::assert_snapshot!(spec.argv.join("\n").replace("\n-", "\n\n-"));
+    }
+
+    #[test]
+    fn kvm_needs_no_help_with_clocks() {
+        let plan = VmPlan { accel: Accel::Kvm, groups: vec![106], ..plan() };
+        let spec = QemuMicrovm::new("qemu", "7.2.22").launch_spec(&plan).unwrap();
+        let line = spec.argv.join(" ");
+        assert!(line.contains("-accel kvm ") && line.contains("-cpu host "), "{line}");
+        assert!(!line.contains("tsc_early_khz") && !line.contains("no_timer_check"), "{line}");
+        assert_eq!(spec.groups, [106]);
+    }
+
+    #[test]
+    fn nothing_gets_onto_the_command_line_that_could_be_another_option() {
+        let driver = QemuMicrovm::new("qemu", "10.0.2");
+        for plan in [
+            VmPlan { tap: "tap0,script=/tmp/x".into(), ..plan() },
+            VmPlan { mac: String::new(), ..plan() },
+            VmPlan { name: "a b".into(), ..plan() },
+        ] {
+            assert!(driver.launch_spec(&plan).is_err());
+        }
+    }
+
+    #[test]
+    fn versions() {
+        let debian = "QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2+deb13u1~bpo12+1)\nCopyright";
+        assert_eq!(parse_version(debian).as_deref(), Some("10.0.2"));
+        assert_eq!(parse_version("something else"), None);
+    }
+}

@@ -1,0 +1,232 @@
+//! What agent and holder exchange, and the names of the files in a holder's directory.
+//!
+//! The directory `<run>/vm/<id>` belongs to the VM's user and, set-group-id, to the agent's group: so the agent reaches
+//! what the holder makes there without the holder being in that group, and no other local user does.
+
+use bothy_contract::{Error, VmId, vm::ExitRecord};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// Where the holder answers.
+pub const HOLDER_SOCKET: &str = "holder.sock";
+/// Where the VMM connects its QMP monitor.
+pub const QMP_SOCKET: &str = "qmp.sock";
+/// Where the VMM connects the port `bothy.control`.
+pub const CONTROL_SOCKET: &str = "control.sock";
+/// Where the VMM connects the port `bothy.bulk`.
+pub const BULK_SOCKET: &str = "bulk.sock";
+/// What the guest wrote to its serial console; `.1` is the older half.
+pub const CONSOLE_LOG: &str = "console.log";
+/// What the VMM and the holder wrote; `.1` is the older half.
+pub const VMM_LOG: &str = "vmm.log";
+/// How the VMM ended.
+pub const EXIT_RECORD: &str = "exit.json";
+
+/// Longest line on `holder.sock` in either direction, in bytes.
+pub const MAX_LINE: usize = 1 << 20;
+
+/// What `bothy-vmm launch` reads from its standard input.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LaunchSpec {
+    /// The VM.
+    pub vm: VmId,
+    /// The VMM and its version: `qemu-microvm 10.0.2`.
+    pub vmm: String,
+    /// The holder's directory. It is made anew; what an earlier holder left there goes.
+    pub dir: PathBuf,
+    /// The VMM's program and arguments. It connects to the sockets in `dir`, on which the holder listens.
+    pub argv: Vec<String>,
+    /// The user that holder and VMM run as.
+    pub uid: u32,
+    /// Their group.
+    pub gid: u32,
+    /// Their further groups.
+    pub groups: Vec<u32>,
+}
+
+impl LaunchSpec {
+    /// Checks what the types do not.
+    ///
+    /// # Errors
+    /// Says what is wrong.
+    pub fn check(&self) -> Result<(), Error> {
+        let longest = self.dir.join(CONTROL_SOCKET);
+        if !self.dir.is_absolute() || self.dir.components().any(|c| c == std::path::Component::ParentDir) {
+            return Err(Error::invalid(format!(
+                "holder directory {} is not a plain absolute path",
+                self.dir.display()
+            )));
+        }
+        // sun_path, with its closing zero (unix(7)).
+        if longest.as_os_str().len() > 107 {
+            return Err(Error::invalid(format!(
+                "socket path {} is longer than 107 bytes",
+                longest.display()
+            )));
+        }
+        if self.argv.first().is_none_or(String::is_empty) || self.argv.iter().any(|arg| arg.contains('\0')) {
+            return Err(Error::invalid("the VMM's command line is empty or has a zero byte"));
+        }
+        if self.uid == 0 || self.gid == 0 || self.groups.contains(&0) {
+            return Err(Error::invalid("a VMM does not run as root"));
+        }
+        Ok(())
+    }
+}
+
+/// A process that cannot be taken for another: process ids come back, start times with them do not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Process {
+    /// Its process id.
+    pub pid: u32,
+    /// When it started, in clock ticks since boot (proc_pid_stat(5), field 22).
+    pub start_time: u64,
+}
+
+impl Process {
+    /// The process that has `pid` now, if there is one.
+    pub fn find(pid: u32) -> Option<Self> {
+        start_time(pid).map(|start_time| Self { pid, start_time })
+    }
+
+    /// Whether it still runs (a zombie does not).
+    pub fn is_alive(&self) -> bool {
+        start_time(self.pid) == Some(self.start_time)
+    }
+}
+
+fn start_time(pid: u32) -> Option<u64> {
+    let stat = fs_err::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name, in parentheses, may hold anything; what follows its last closing one is fields 3 and on.
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
+    if matches!(fields.next()?, "Z" | "X") {
+        return None;
+    }
+    fields.nth(18)?.parse().ok()
+}
+
+/// What `bothy-vmm launch` prints, as one line of JSON.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Launched {
+    /// The holder listens and the VMM answers.
+    Running(HolderHandle),
+    /// Nothing runs.
+    Failed(Error),
+}
+
+/// A holder and its VMM. Keep it: it is how a restarted agent knows them again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HolderHandle {
+    /// The holder.
+    pub holder: Process,
+    /// The VMM.
+    pub vmm: Process,
+}
+
+/// The answer to `STATUS`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// The VM.
+    pub vm: VmId,
+    /// The VMM and its version.
+    pub vmm_version: String,
+    /// Holder and VMM.
+    pub handle: HolderHandle,
+    /// Whether the VMM runs.
+    pub state: State,
+    /// How it ended, where it has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit: Option<ExitRecord>,
+    /// Whether the guest's agent has a session on its control port.
+    pub control_up: bool,
+    /// Whether it has one on its bulk port.
+    pub bulk_up: bool,
+}
+
+/// Whether a VMM runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// It does.
+    Running,
+    /// It has ended; the holder is about to.
+    Exited,
+}
+
+/// Reads at most `limit` bytes of a file that a VM's user may have put there: no symbolic link, nothing but a regular file.
+///
+/// # Errors
+/// `NotFound` where there is none; otherwise why it could not be read.
+pub fn read_untrusted(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
+    use fs_err::os::unix::fs::OpenOptionsExt;
+    use std::io::{Error, ErrorKind, Read};
+    let flags = nix::fcntl::OFlag::O_NOFOLLOW | nix::fcntl::OFlag::O_NONBLOCK | nix::fcntl::OFlag::O_CLOEXEC;
+    let file = fs_err::OpenOptions::new().read(true).custom_flags(flags.bits()).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(Error::new(ErrorKind::InvalidData, format!("{} is not a regular file", path.display())));
+    }
+    let mut bytes = Vec::new();
+    file.take(limit + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > limit {
+        return Err(Error::new(
+            ErrorKind::InvalidData,
+            format!("{} is longer than {limit} bytes", path.display()),
+        ));
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> LaunchSpec {
+        LaunchSpec {
+            vm: VmId::new(),
+            vmm: "x 1".into(),
+            dir: "/run/bothy/vm/a".into(),
+            argv: vec!["x".into()],
+            uid: 780_000,
+            gid: 780_000,
+            groups: vec![],
+        }
+    }
+
+    #[test]
+    fn a_wrong_specification_is_refused() {
+        spec().check().unwrap();
+        assert!(LaunchSpec { dir: "run".into(), ..spec() }.check().is_err());
+        assert!(LaunchSpec { dir: "/run/../etc".into(), ..spec() }.check().is_err());
+        assert!(LaunchSpec { dir: format!("/{}", "x".repeat(100)).into(), ..spec() }.check().is_err());
+        assert!(LaunchSpec { argv: vec![], ..spec() }.check().is_err());
+        assert!(LaunchSpec { uid: 0, ..spec() }.check().is_err());
+        assert!(LaunchSpec { groups: vec![0], ..spec() }.check().is_err());
+    }
+
+    #[test]
+    fn a_process_is_known_by_pid_and_start_time() {
+        let me = Process::find(std::process::id()).unwrap();
+        assert!(me.is_alive());
+        assert!(!Process { start_time: me.start_time + 1, ..me }.is_alive());
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pid = child.id();
+        child.wait().unwrap();
+        assert_eq!(Process::find(pid), None);
+    }
+
+    #[test]
+    fn files_of_a_vms_user_are_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs_err::write(at("file"), b"12345").unwrap();
+        assert_eq!(read_untrusted(&at("file"), 5).unwrap(), b"12345");
+        assert!(read_untrusted(&at("file"), 4).is_err());
+        fs_err::os::unix::fs::symlink(at("file"), at("link")).unwrap();
+        assert!(read_untrusted(&at("link"), 5).is_err());
+        nix::unistd::mkfifo(&at("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(read_untrusted(&at("fifo"), 5).is_err());
+        assert_eq!(read_untrusted(&at("none"), 5).unwrap_err().kind(), std::io::ErrorKind::NotFound);
+    }
+}

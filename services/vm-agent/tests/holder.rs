@@ -1,0 +1,277 @@
+//! The real `bothy-vmm` with a real QEMU, paused before its first instruction: all that a holder does but the guest's part.
+#![expect(clippy::indexing_slicing, reason = "tests may panic")]
+
+use bothy_contract::{Code, VmId};
+use bothy_testkit::TempDir;
+use bothy_vm_agent::vmm::{
+    LaunchSpec, Verb,
+    holder::Holder,
+    wire::{self, HolderHandle, State},
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::json;
+use std::{
+    os::unix::fs::{MetadataExt, PermissionsExt},
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    time::timeout,
+};
+
+const LONG: Duration = Duration::from_secs(60);
+const UID: u32 = 789_123;
+
+fn program() -> &'static Path {
+    Path::new(env!("CARGO_BIN_EXE_bothy-vmm"))
+}
+
+/// A directory for holders, and no process left in it afterwards.
+struct Host {
+    dir: TempDir,
+    started: std::cell::RefCell<Vec<HolderHandle>>,
+}
+
+impl Host {
+    fn new() -> Self {
+        let dir = bothy_testkit::temp_dir();
+        // Holders' directories are in one that every VM's user may pass through.
+        fs_err::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o711)).unwrap();
+        Self { dir, started: std::cell::RefCell::default() }
+    }
+
+    fn spec(&self) -> LaunchSpec {
+        let vm = VmId::new();
+        let dir = self.dir.path().join(&vm.to_string()[24..]);
+        let socket =
+            |name: &str| format!("socket,id={},path={},server=off", &name[..3], dir.join(name).display());
+        let mut argv: Vec<String> =
+            "qemu-system-x86_64 -accel tcg -M microvm -m 64 -nodefaults -no-user-config -display none \
+             -no-reboot -S -serial stdio -device virtio-serial-device,id=serial"
+                .split_whitespace()
+                .map(str::to_owned)
+                .collect();
+        for (name, device) in [
+            (wire::CONTROL_SOCKET, "virtserialport,bus=serial.0,nr=1,chardev=con,name=bothy.control"),
+            (wire::BULK_SOCKET, "virtserialport,bus=serial.0,nr=2,chardev=bul,name=bothy.bulk"),
+        ] {
+            argv.extend(["-chardev".into(), socket(name), "-device".into(), device.into()]);
+        }
+        argv.extend([
+            "-chardev".into(),
+            socket(wire::QMP_SOCKET),
+            "-mon".into(),
+            "chardev=qmp,mode=control".into(),
+        ]);
+        LaunchSpec { vm, vmm: "qemu-microvm test".into(), dir, argv, uid: UID, gid: UID, groups: vec![] }
+    }
+
+    async fn launch(&self, spec: &LaunchSpec) -> (Holder, HolderHandle) {
+        let (holder, handle) = timeout(LONG, Holder::launch(program(), spec)).await.unwrap().unwrap();
+        self.started.borrow_mut().push(handle);
+        (holder, handle)
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        for handle in self.started.borrow().iter() {
+            if handle.holder.is_alive() {
+                drop(kill(pid(handle.holder.pid), Signal::SIGKILL).is_ok());
+            }
+        }
+    }
+}
+
+fn pid(pid: u32) -> Pid {
+    Pid::from_raw(i32::try_from(pid).unwrap())
+}
+
+async fn gone(handle: HolderHandle) {
+    timeout(LONG, async {
+        Holder::gone(handle.vmm).await.unwrap();
+        Holder::gone(handle.holder).await.unwrap();
+    })
+    .await
+    .unwrap();
+}
+
+fn status_field(pid: u32, name: &str) -> String {
+    let text = fs_err::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = text.lines().find(|line| line.starts_with(name)).unwrap();
+    line[name.len() + 1..].split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[tokio::test]
+async fn a_holder_keeps_a_vmm_as_the_vms_user_and_records_its_end() {
+    bothy_testkit::require_root!();
+    let host = Host::new();
+    let spec = host.spec();
+    let (holder, handle) = host.launch(&spec).await;
+    let status = holder.status().await.unwrap();
+    assert_eq!(
+        (status.vm, status.handle, status.state, status.exit),
+        (spec.vm, handle, State::Running, None)
+    );
+    assert!(!status.control_up && !status.bulk_up);
+    assert!(holder.is_alive(&handle).await);
+    assert_eq!(holder.exit().unwrap(), None);
+
+    // As the VM's user, with nothing beside.
+    for process in [handle.holder.pid, handle.vmm.pid] {
+        assert_eq!(status_field(process, "Uid:"), format!("{UID} {UID} {UID} {UID}"));
+        assert_eq!(status_field(process, "Gid:"), format!("{UID} {UID} {UID} {UID}"));
+        assert_eq!(status_field(process, "Groups:"), "");
+        assert_eq!(status_field(process, "NoNewPrivs:"), "1");
+        assert!(
+            ["CapPrm:", "CapAmb:"].iter().all(|set| status_field(process, set).trim_matches('0').is_empty())
+        );
+    }
+    // Its socket is for the agent's group, and the directory for nobody else.
+    let meta = fs_err::metadata(&spec.dir).unwrap();
+    assert_eq!((meta.mode() & 0o7777, meta.uid(), meta.gid()), (0o2770, UID, 0));
+    let meta = fs_err::metadata(spec.dir.join(wire::HOLDER_SOCKET)).unwrap();
+    assert_eq!((meta.mode() & 0o777, meta.gid()), (0o660, 0));
+    // In a session of its own, and not our child.
+    assert_eq!(nix::unistd::getsid(Some(pid(handle.holder.pid))).unwrap(), pid(handle.holder.pid));
+    assert_ne!(status_field(handle.holder.pid, "PPid:"), std::process::id().to_string());
+
+    let monitor = holder.qmp(&json!({ "execute": "query-status" })).await.unwrap();
+    assert_eq!(monitor["status"], "prelaunch");
+    let err = holder.qmp(&json!({ "execute": "no-such-command" })).await.unwrap_err();
+    assert!(err.message.contains("no-such-command"), "{err}");
+
+    // A second launch in the same place touches nothing.
+    let err = Holder::launch(program(), &spec).await.unwrap_err();
+    assert_eq!(err.code, Code::AlreadyExists);
+    assert!(holder.is_alive(&handle).await);
+
+    // The VMM ends as QEMU wants it to; the socket goes with the holder, the record stays.
+    holder.perform(&Verb::Qmp(json!({ "execute": "quit" }))).await.unwrap();
+    gone(handle).await;
+    let exit = holder.exit().unwrap().unwrap();
+    assert_eq!((exit.status, exit.signal), (Some(0), None));
+    assert!(!holder.is_alive(&handle).await);
+    assert_eq!(holder.status().await.unwrap_err().code, Code::Unavailable);
+
+    // And again in the same directory: a VM that is started a second time.
+    let (holder, handle) = host.launch(&spec).await;
+    assert_eq!(holder.exit().unwrap(), None);
+    holder.kill(9).await.unwrap();
+    gone(handle).await;
+    assert_eq!(holder.exit().unwrap().unwrap().signal, Some(9));
+}
+
+#[tokio::test]
+async fn no_vmm_outlives_its_holder_and_a_holder_outlives_whoever_launched_it() {
+    bothy_testkit::require_root!();
+    let host = Host::new();
+    // An agent in a process group of its own, that is killed with all of the group.
+    let spec = host.spec();
+    let file = host.dir.path().join("spec.json");
+    fs_err::write(&file, serde_json::to_vec(&spec).unwrap()).unwrap();
+    let mut agent = tokio::process::Command::new("sh")
+        .args(["-c", "\"$0\" launch < \"$1\"; exec sleep 1000"])
+        .arg(program())
+        .arg(&file)
+        .stdout(Stdio::piped())
+        .process_group(0)
+        .spawn()
+        .unwrap();
+    let mut said = Vec::new();
+    let mut stdout = agent.stdout.take().unwrap();
+    while said.last() != Some(&b'\n') {
+        said.push(timeout(LONG, stdout.read_u8()).await.unwrap().unwrap());
+    }
+    let wire::Launched::Running(handle) = serde_json::from_slice(&said).unwrap() else { panic!("{said:?}") };
+    host.started.borrow_mut().push(handle);
+    kill(Pid::from_raw(-i32::try_from(agent.id().unwrap()).unwrap()), Signal::SIGKILL).unwrap();
+    agent.wait().await.unwrap();
+    let holder = Holder::new(&spec.dir, UID);
+    assert!(holder.is_alive(&handle).await);
+
+    kill(pid(handle.holder.pid), Signal::SIGKILL).unwrap();
+    gone(handle).await;
+    assert!(!holder.is_alive(&handle).await);
+    assert_eq!(holder.exit().unwrap(), None, "nobody was there to see it end");
+    // Its sockets are still there; they do not stop the next one.
+    assert!(spec.dir.join(wire::HOLDER_SOCKET).exists());
+    let (_, handle) = host.launch(&spec).await;
+
+    // Told to end, a holder takes its VMM along and says how.
+    kill(pid(handle.holder.pid), Signal::SIGTERM).unwrap();
+    gone(handle).await;
+    assert!(holder.exit().unwrap().is_some());
+}
+
+#[tokio::test]
+async fn a_vmm_that_does_not_start_is_an_error_with_its_own_words() {
+    bothy_testkit::require_root!();
+    let host = Host::new();
+    let spec = LaunchSpec { argv: vec!["/nonexistent/vmm".into()], ..host.spec() };
+    let err = Holder::launch(program(), &spec).await.unwrap_err();
+    assert!(err.message.contains("cannot run /nonexistent/vmm: No such file"), "{err}");
+
+    let mut spec = host.spec();
+    spec.argv.extend(["-device".into(), "no-such-device".into()]);
+    let err = Holder::launch(program(), &spec).await.unwrap_err();
+    assert!(err.message.contains("'no-such-device' is not a valid device"), "{err}");
+    assert!(!spec.dir.join(wire::HOLDER_SOCKET).exists());
+
+    // A mistaken directory loses nothing.
+    let spec = host.spec();
+    fs_err::create_dir(&spec.dir).unwrap();
+    fs_err::write(spec.dir.join("thesis.txt"), "years of work").unwrap();
+    let err = Holder::launch(program(), &spec).await.unwrap_err();
+    assert!(err.message.contains("thesis.txt"), "{err}");
+    assert!(spec.dir.join("thesis.txt").exists());
+
+    let err = Holder::launch(program(), &LaunchSpec { uid: 0, ..host.spec() }).await.unwrap_err();
+    assert_eq!(err.code, Code::InvalidArgument);
+    let err = Holder::launch(&PathBuf::from("/nonexistent/bothy-vmm"), &host.spec()).await.unwrap_err();
+    assert!(err.hint.is_some());
+}
+
+#[tokio::test]
+async fn requests_that_make_no_sense_are_refused_and_callers_that_leave_cost_nothing() {
+    bothy_testkit::require_root!();
+    let host = Host::new();
+    let spec = host.spec();
+    let (holder, handle) = host.launch(&spec).await;
+    let socket = spec.dir.join(wire::HOLDER_SOCKET);
+    for (request, answer) in [
+        ("", "ERR not one of"),
+        ("HELP", "ERR not one of"),
+        ("CONNECT", "ERR `` is not a port"),
+        ("CONNECT -1", "ERR `-1` is not a port"),
+        ("KILL 9999", "ERR `9999` is not a signal"),
+        ("KILL 0; rm", "ERR `0; rm` is not a signal"),
+        ("QMP {", "ERR not a JSON command"),
+        ("QMP []", "ERR a command is a JSON object"),
+    ] {
+        let mut stream = tokio::net::UnixStream::connect(&socket).await.unwrap();
+        stream.write_all(format!("{request}\n").as_bytes()).await.unwrap();
+        let mut said = String::new();
+        timeout(LONG, stream.read_to_string(&mut said)).await.unwrap().unwrap();
+        assert!(said.starts_with(answer), "{request}: {said}");
+    }
+    // Many that wait for a guest that never comes, and go: more than may be open at once.
+    for _ in 0..600 {
+        let mut stream = tokio::net::UnixStream::connect(&socket).await.unwrap();
+        stream.write_all(b"CONNECT 1\n").await.unwrap();
+    }
+    assert!(timeout(Duration::from_millis(50), holder.connect(1)).await.is_err());
+    assert!(holder.is_alive(&handle).await);
+
+    // Someone else's socket in its place is not talked to.
+    let other = Holder::new(&spec.dir, UID + 1);
+    let err = other.status().await.unwrap_err();
+    assert!(err.message.contains("listens there instead of"), "{err}");
+    holder.kill(15).await.unwrap();
+    gone(handle).await;
+}
