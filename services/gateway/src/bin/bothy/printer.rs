@@ -54,10 +54,7 @@ impl Printer {
     /// An error, on stderr.
     pub(crate) fn error(self, error: &Error) {
         if self.json {
-            if let Ok(text) = serde_json::to_string(&serde_json::json!({ "error": error })) {
-                self.always(text);
-                return;
-            }
+            return self.always(serde_json::json!({ "error": error }).to_string());
         }
         let mut err = std::io::stderr().lock();
         let (red, plain) = if err.is_terminal() { ("\x1b[1;31m", "\x1b[0m") } else { ("", "") };

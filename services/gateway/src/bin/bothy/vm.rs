@@ -115,10 +115,10 @@ async fn each(
 ) -> Result<Status, Error> {
     let mut last = None;
     for vm in vms {
-        if let Err(e) = what(vm).await {
-            if let Some(earlier) = last.replace(e.context(vm)) {
-                context.printer.error(&earlier);
-            }
+        if let Err(e) = what(vm).await
+            && let Some(earlier) = last.replace(e.context(vm))
+        {
+            context.printer.error(&earlier);
         }
     }
     last.map_or(Ok(Status::SUCCESS), Err)

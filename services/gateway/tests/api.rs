@@ -1,0 +1,393 @@
+//! The real gateway and the real command line on a real nats-server. The services behind them are made here, small and
+//! on the real bus: these tests are about routing, about who may do what, and about streams that break. What the real
+//! services answer is tested end to end elsewhere.
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    missing_docs,
+    reason = "a test stops with the line that failed"
+)]
+
+use bothy_bus::{Client, Server, testing::TestBus};
+use bothy_contract::{
+    Code, Error, ImageName, OpId, Service, VmId,
+    methods::{
+        ImageOpShow, VmChannelOpen, VmCreate, VmListAll, VmOpShow, VmStop, WorkspaceExportOpen,
+        WorkspaceImportOpen,
+    },
+    op::{Begun, OpEvent, OpEventKind, OpRecord, OpRef, OpState},
+    vm::{Shape, VmList, VmRecord, VmState},
+    workspace::{ExportReport, ImportReport},
+};
+use bothy_tickets::{Frame, FrameReader, FrameWriter, Tickets};
+use serde_json::Value;
+use std::{
+    os::unix::{fs::PermissionsExt, process::CommandExt},
+    path::{Path, PathBuf},
+    process::{Command, Output},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio_util::sync::CancellationToken;
+
+const ALICE: u32 = 61_001;
+const BOB: u32 = 61_002;
+const PATCH: &[u8] = b"diff --git a/new b/new\nnew file mode 100644\nindex 0000000000000000000000000000000000000000..257cc5642cb1a054f08cc83f2d943e56fd3ebe99\n--- /dev/null\n+++ b/new\n@@ -0,0 +1 @@\n+foo\n";
+
+fn vm(name: &str, owner: u32) -> VmRecord {
+    VmRecord {
+        id: VmId::new(),
+        name: name.parse().unwrap(),
+        owner,
+        state: VmState::Running,
+        reason: None,
+        image: ImageName::default_image(),
+        shape: Shape::default(),
+        nat: false,
+        lease: None,
+        vmm: None,
+        vmm_pid: None,
+        boot_id: None,
+        last_exit: None,
+        created: "2026-01-02T03:04:05Z".parse().unwrap(),
+        started: None,
+    }
+}
+
+fn op(id: OpId, owner: u32) -> OpRecord {
+    OpRecord {
+        id,
+        service: Service::Vm,
+        kind: "vm.create".to_owned(),
+        subject: "web".to_owned(),
+        vm: None,
+        owner,
+        state: OpState::Running,
+        cancel_requested: false,
+        accepted: "2026-01-02T03:04:05Z".parse().unwrap(),
+        finished: None,
+        stages: Vec::new(),
+        error: None,
+        result: None,
+    }
+}
+
+/// What a ticket of the in-test services opens.
+enum Stream {
+    Echo,
+    Import,
+    Export { cut: bool },
+}
+
+struct Host {
+    _bus: TestBus,
+    dir: bothy_testkit::TempDir,
+    socket: PathBuf,
+    bothy: PathBuf,
+    vms: Vec<VmRecord>,
+    op: OpId,
+    /// What changes reached a service.
+    changes: Arc<Mutex<Vec<String>>>,
+    vm_client: Client,
+    stop: CancellationToken,
+    _gateway: bothy_testkit::ChildGuard,
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+async fn host() -> Host {
+    let mut bus = TestBus::start();
+    // Reachable by other users, as a real run directory is.
+    let dir = bothy_testkit::temp_dir();
+    let open = |path: &Path| std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    open(dir.path());
+    bus.config.run_dir = dir.path().join("run");
+    fs_err::create_dir(&bus.config.run_dir).unwrap();
+    open(&bus.config.run_dir);
+    let config = dir.path().join("bothy.toml");
+    fs_err::write(&config, bus.config.to_toml().unwrap()).unwrap();
+    let bothy = dir.path().join("bothy");
+    fs_err::copy(env!("CARGO_BIN_EXE_bothy"), &bothy).unwrap();
+    open(&bothy);
+
+    let gateway =
+        Command::new(env!("CARGO_BIN_EXE_bothy-gateway")).env("BOTHY_CONFIG", &config).spawn().unwrap();
+    let gateway = bothy_testkit::ChildGuard::new(gateway);
+
+    let stop = CancellationToken::new();
+    let (vms, op_id) = (vec![vm("web", ALICE), vm("db", BOB), vm("cut", ALICE)], OpId::new());
+    let changes = Arc::new(Mutex::new(Vec::new()));
+    let vm_client = Client::connect(&bus.config, Service::Vm).await.unwrap();
+    let channel: Tickets<Stream> = Tickets::new(bus.config.ticket_socket(Service::Vm));
+    let workspace: Tickets<Stream> = Tickets::new(bus.config.ticket_socket(Service::Workspace));
+    for tickets in [channel.clone(), workspace.clone()] {
+        let stop = stop.clone();
+        tokio::spawn(async move {
+            tickets
+                .serve(
+                    |what, stream| async move {
+                        let (read, write) = stream.into_split();
+                        serve(what, read, write).await;
+                    },
+                    stop,
+                )
+                .await
+                .unwrap();
+        });
+    }
+    let list = vms.clone();
+    let (noted, noted_create) = (Arc::clone(&changes), Arc::clone(&changes));
+    let server =
+        Server::new(vm_client.clone(), 16)
+            .serve::<VmListAll, _, _>(move |_, _| {
+                let vms = list.clone();
+                async move { Ok(VmList { vms }) }
+            })
+            .serve::<VmOpShow, _, _>(move |_, request: OpRef| async move {
+                if request.op == op_id {
+                    Ok(op(op_id, ALICE))
+                } else {
+                    Err(Error::not_found("no such operation"))
+                }
+            })
+            .serve::<VmStop, _, _>(move |_, request| {
+                noted.lock().unwrap().push(format!("stop {}", request.vm));
+                async move { Ok(Begun { op: op_id, vm: Some(request.vm) }) }
+            })
+            .serve::<VmCreate, _, _>(move |_, request| {
+                noted_create.lock().unwrap().push(format!("create for {}", request.owner));
+                async move {
+                    Err(Error::new(Code::AlreadyExists, "there is a VM of that name").hint("take another"))
+                }
+            })
+            .serve::<VmChannelOpen, _, _>(move |_, _| {
+                let ticket = channel.issue(Stream::Echo, Duration::from_secs(30));
+                async move { Ok(ticket) }
+            });
+    tokio::spawn(server.run(stop.clone()));
+    let image = Server::new(Client::connect(&bus.config, Service::Image).await.unwrap(), 4)
+        .serve::<ImageOpShow, _, _>(|_, _| async { Err(Error::not_found("no such operation")) });
+    tokio::spawn(image.run(stop.clone()));
+    let (import, cut) = (workspace.clone(), vms[2].id);
+    let server = Server::new(Client::connect(&bus.config, Service::Workspace).await.unwrap(), 4)
+        .serve::<WorkspaceImportOpen, _, _>(move |_, _| {
+            let ticket = import.issue(Stream::Import, Duration::from_secs(30));
+            async move { Ok(ticket) }
+        })
+        .serve::<WorkspaceExportOpen, _, _>(move |_, request| {
+            let ticket = workspace.issue(Stream::Export { cut: request.vm == cut }, Duration::from_secs(30));
+            async move { Ok(ticket) }
+        });
+    tokio::spawn(server.run(stop.clone()));
+
+    let socket = bus.config.gateway_socket();
+    let host =
+        Host { _bus: bus, dir, socket, bothy, vms, op: op_id, changes, vm_client, stop, _gateway: gateway };
+    // The services register side by side; a call that finds nobody waits for a while by itself.
+    for _ in 0..500 {
+        if host.socket.exists() && host.run(0, &["vm", "list"]).status.success() {
+            return host;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("the gateway does not answer");
+}
+
+async fn serve(
+    what: Stream,
+    mut read: tokio::net::unix::OwnedReadHalf,
+    mut write: tokio::net::unix::OwnedWriteHalf,
+) {
+    match what {
+        Stream::Echo => {
+            let _ = tokio::io::copy(&mut read, &mut write).await;
+        }
+        Stream::Import => {
+            let (mut frames, mut bytes) = (FrameReader::new(read), 0);
+            while let Ok(Frame::Data(data)) = frames.next().await {
+                bytes += data.len() as u64;
+            }
+            let report = ImportReport {
+                guest_path: "/root/repo".to_owned(),
+                head: "0123456789abcdef".to_owned(),
+                branch: Some("main".to_owned()),
+                bytes,
+            };
+            let _ = FrameWriter::new(write).end(&report).await;
+        }
+        Stream::Export { cut } => {
+            let mut frames = FrameWriter::new(write);
+            let _ = frames.data(PATCH).await;
+            if !cut {
+                let _ = frames.end(&ExportReport { bytes: PATCH.len() as u64, files: 1, commits: 0 }).await;
+            }
+        }
+    }
+}
+
+impl Host {
+    /// Runs the command line as user `uid`.
+    fn run(&self, uid: u32, args: &[&str]) -> Output {
+        let mut command = Command::new(&self.bothy);
+        command
+            .arg("--socket")
+            .arg(&self.socket)
+            .args(args)
+            .current_dir(self.dir.path())
+            .env("HOME", self.dir.path());
+        if uid != 0 {
+            command.uid(uid).gid(uid);
+        }
+        command.output().unwrap()
+    }
+
+    fn json(&self, uid: u32, args: &[&str]) -> Value {
+        let args: Vec<_> = ["--json"].iter().chain(args).copied().collect();
+        let out = self.run(uid, &args);
+        // An error is the last line, behind remarks.
+        let text = if out.status.success() {
+            out.stdout
+        } else {
+            out.stderr.trim_ascii_end().rsplit(|&b| b == b'\n').next().unwrap().to_vec()
+        };
+        serde_json::from_slice(&text).unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&text)))
+    }
+
+    fn code(&self, uid: u32, args: &[&str]) -> String {
+        self.json(uid, args)["error"]["code"].as_str().unwrap_or_default().to_owned()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_user_sees_and_touches_only_what_is_theirs() {
+    bothy_testkit::require_root!();
+    let host = host().await;
+    let names = |value: Value| {
+        let mut names: Vec<_> =
+            value.as_array().unwrap().iter().map(|vm| vm["name"].as_str().unwrap().to_owned()).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(host.json(0, &["vm", "list"])), ["cut", "db", "web"]);
+    assert_eq!(names(host.json(ALICE, &["vm", "list"])), ["cut", "web"]);
+    assert_eq!(names(host.json(BOB, &["vm", "list"])), ["db"]);
+    assert_eq!(host.json(ALICE, &["vm", "show", "we"])[0]["name"], "web");
+    let dbs = host.vms[1].id.to_string();
+    for vm in ["db", &dbs, "d"] {
+        assert_eq!(host.code(ALICE, &["vm", "show", vm]), "not_found");
+        assert_eq!(host.code(ALICE, &["vm", "stop", vm]), "not_found");
+        assert_eq!(host.code(ALICE, &["vm", "logs", vm]), "not_found");
+        assert_eq!(host.code(ALICE, &["vm", "proxy", vm, "22"]), "not_found");
+        assert_eq!(host.code(ALICE, &["workspace", "export", vm]), "not_found");
+    }
+    let op = host.op.to_string();
+    assert_eq!(host.json(ALICE, &["op", "show", &op])["id"].as_str().unwrap().replace('-', ""), op);
+    assert_eq!(host.code(BOB, &["op", "show", &op]), "not_found");
+    assert_eq!(host.code(BOB, &["op", "cancel", &op]), "not_found");
+    assert_eq!(host.code(ALICE, &["image", "build"]), "permission_denied");
+    assert!(host.changes.lock().unwrap().is_empty(), "no refused change reached a service");
+    // The owner is who calls, whatever they say.
+    assert_eq!(host.code(BOB, &["vm", "create", "--name", "web"]), "already_exists");
+    assert_eq!(*host.changes.lock().unwrap(), [format!("create for {BOB}")]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_late_watcher_sees_all_stages_and_the_error_at_the_end() {
+    bothy_testkit::require_root!();
+    let host = host().await;
+    let stage = || "launch_vmm".to_owned();
+    let failed = Error::new(Code::StageFailed, "launch_vmm: no memory").hint("ask for less");
+    let events = [
+        OpEventKind::Accepted { kind: "vm.stop".to_owned(), subject: "web".to_owned() },
+        OpEventKind::StageStarted { stage: stage() },
+        OpEventKind::StageDone {
+            stage: stage(),
+            took_us: 12_000,
+            note: Some("with \u{1b}[2J in it".to_owned()),
+        },
+        OpEventKind::Finished { state: OpState::Failed, error: Some(failed), result: None },
+    ];
+    for (seq, what) in events.into_iter().enumerate() {
+        let event = OpEvent { op: host.op, seq: seq as u64, at_us: 1000 * seq as u64, what };
+        host.vm_client.publish_op_event(&event).await.unwrap();
+    }
+    let out = host.run(ALICE, &["vm", "stop", "web"]);
+    let text = String::from_utf8(out.stderr).unwrap();
+    assert_eq!(out.status.code(), Some(125), "{text}");
+    insta::assert_snapshot!(text, @r"
+      launch_vmm            12 ms  with \u{1b}[2J in it
+    error: web: launch_vmm: no memory
+      hint: ask for less
+    ");
+    assert_eq!(*host.changes.lock().unwrap(), [format!("stop {}", host.vms[0].id)]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_patch_that_was_cut_short_is_an_error_and_no_file() {
+    bothy_testkit::require_root!();
+    let host = host().await;
+    let good = host.dir.path().join("good.patch");
+    let out = host.run(0, &["workspace", "export", "web", "-o", good.to_str().unwrap()]);
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    assert_eq!(fs_err::read(&good).unwrap(), PATCH);
+    let bad = host.dir.path().join("bad.patch");
+    assert_eq!(host.code(0, &["workspace", "export", "cut", "-o", bad.to_str().unwrap()]), "unavailable");
+    assert!(!bad.exists());
+    let left: Vec<_> = fs_err::read_dir(host.dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert!(!left.iter().any(|name| name.to_string_lossy().starts_with(".bothy-")), "{left:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_repository_goes_in() {
+    bothy_testkit::require_root!();
+    let host = host().await;
+    let repo = host.dir.path().join("repo");
+    fs_err::create_dir(&repo).unwrap();
+    let git = |args: &[&str]| {
+        let out = Command::new("git")
+            .arg("-C")
+            .arg(&repo)
+            .args(["-c", "user.name=a", "-c", "user.email=a@b"])
+            .args(args)
+            .output();
+        assert!(out.unwrap().status.success(), "git {args:?}");
+    };
+    git(&["init", "-q", "-b", "main"]);
+    git(&["commit", "-q", "--allow-empty", "-m", "start"]);
+    let report = host.json(0, &["workspace", "prepare", "web", repo.to_str().unwrap()]);
+    assert!(report["bytes"].as_u64().unwrap() > 1000, "{report}");
+    assert_eq!(
+        host.code(0, &["workspace", "prepare", "web", host.dir.path().to_str().unwrap()]),
+        "failed_precondition"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_channel_is_raw_bytes_both_ways() {
+    bothy_testkit::require_root!();
+    let host = host().await;
+    let mut stream = tokio::net::UnixStream::connect(&host.socket).await.unwrap();
+    let head = "GET /v1/vms/web/channel/2 HTTP/1.1\r\nhost: x\r\nconnection: Upgrade\r\nupgrade: bothy-channel\r\n\r\n";
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"\r\n\r\n") {
+        answer.push(stream.read_u8().await.unwrap());
+    }
+    assert!(answer.starts_with(b"HTTP/1.1 101 "), "{}", String::from_utf8_lossy(&answer));
+    let sent: Vec<u8> = (0..1_000_000u32).flat_map(u32::to_be_bytes).collect();
+    let (mut read, mut write) = stream.into_split();
+    let expected = sent.clone();
+    let writer = tokio::spawn(async move {
+        write.write_all(&sent).await.unwrap();
+        write.shutdown().await.unwrap();
+    });
+    let mut got = Vec::new();
+    read.read_to_end(&mut got).await.unwrap();
+    writer.await.unwrap();
+    assert!(got == expected, "{} of {} bytes", got.len(), expected.len());
+}

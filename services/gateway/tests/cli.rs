@@ -1,0 +1,60 @@
+//! The real command line, alone: what it says and how it ends where no gateway is.
+#![expect(clippy::unwrap_used, reason = "a test stops with the line that failed")]
+
+use std::process::Command;
+
+/// Exit status and all that was printed.
+fn bothy(args: &[&str]) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    let out = Command::new(env!("CARGO_BIN_EXE_bothy"))
+        .args(args)
+        .current_dir(dir.path())
+        .env_clear()
+        .env("PATH", std::env::var_os("PATH").unwrap())
+        .env("HOME", dir.path())
+        .env("BOTHY_SOCKET", "/nowhere/gateway.sock")
+        .output()
+        .unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).replace(dir.path().to_str().unwrap(), "[DIR]");
+    format!("{}\n{}{}", out.status.code().unwrap(), text(&out.stdout), text(&out.stderr))
+}
+
+#[test]
+fn without_a_gateway() {
+    insta::assert_snapshot!(bothy(&["vm", "list"]), @r"
+    125
+    error: no gateway answers on /nowhere/gateway.sock: No such file or directory (os error 2)
+      hint: start the services with `bothy host up`, or name the socket with `--socket`
+    ");
+    insta::assert_snapshot!(bothy(&["version"]), @r"
+    0
+    bothy 0.1.0, no gateway on /nowhere/gateway.sock
+    ");
+    insta::assert_snapshot!(bothy(&["--json", "vm", "show", "web"]), @r#"
+    125
+    {"error":{"code":"unavailable","hint":"start the services with `bothy host up`, or name the socket with `--socket`","message":"no gateway answers on /nowhere/gateway.sock: No such file or directory (os error 2)","retryable":true}}
+    "#);
+}
+
+#[test]
+fn bad_input_is_refused_before_anything_is_asked() {
+    insta::assert_snapshot!(bothy(&["vm", "create", "--cpus", "0"]), @r"
+    125
+    error: 0 is not a valid number of cpus
+      hint: give 1 to 64
+    ");
+    let repo = bothy(&["run", ".", "--", "true"]);
+    assert!(repo.starts_with("125\nerror: ") && repo.contains("git"), "{repo}");
+    let path = bothy(&["run", ".", "--guest-path", "repo", "--", "true"]);
+    assert!(path.contains("\"repo\" is not an absolute path"), "{path}");
+    for args in
+        [["vm", "create", "--name", "Web"], ["vm", "create", "--memory", "1.5G"], ["vm", "proxy", "web", "0"]]
+    {
+        assert!(bothy(&args).starts_with("2\n"), "{args:?}");
+    }
+}
+
+#[test]
+fn completions_are_printed() {
+    assert!(bothy(&["completions", "bash"]).contains("_bothy()"));
+}
