@@ -4,7 +4,7 @@
 #![expect(
     clippy::unwrap_used,
     clippy::indexing_slicing,
-    missing_docs,
+    clippy::panic,
     reason = "a test stops with the line that failed"
 )]
 
