@@ -181,7 +181,11 @@ impl Server {
             let Some((route, request)) = next else {
                 break Err(Error::new(Code::Unavailable, "the connection to the bus has been closed"));
             };
-            let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { continue };
+            // A server that is told to stop while it is full must not wait for a place first.
+            let permit = tokio::select! {
+                permit = Arc::clone(&permits).acquire_owned() => permit.ok(),
+                () = shutdown.cancelled() => None,
+            };
             let worker = Arc::clone(&worker);
             tasks.spawn(async move {
                 worker.answer(&route, &request).await;
