@@ -6,7 +6,7 @@ use crate::{
     recipe::walk,
     tools::Tool,
 };
-use bothy_contract::Error;
+use bothy_contract::{Code, Error};
 use std::{
     collections::BTreeSet,
     ffi::OsString,
@@ -60,10 +60,31 @@ impl Build {
             }
             let blocks = (SEED_BYTES / BLOCK).to_string();
             tool.args([OsString::from(&image), blocks.into()]).run(&with.cancel, |_| ()).await?;
+            if label == "work" {
+                make_home(with, &image).await?;
+            }
             publish(&image).await?;
         }
         Ok(format!("{} MiB each, growing to {} GiB", SEED_BYTES >> 20, crate::disks::MAX_MIB >> 10))
     }
+}
+
+/// mkfs gives its own mode to the root of a file system and puts a `lost+found` in, which a home has not.
+async fn make_home(with: &Stage, image: &Path) -> Result<(), Error> {
+    let debugfs = |write: &[&str], command: &str| {
+        Tool::new("debugfs", "e2fsprogs", DEADLINE).args(write).args(["-R", command]).arg(image)
+    };
+    for command in ["set_inode_field / mode 040700", "rmdir lost+found"] {
+        debugfs(&["-w"], command).run(&with.cancel, |_| ()).await?;
+    }
+    // debugfs succeeds whatever it was told: what it did is looked up.
+    let root = debugfs(&[], "stat /").run(&with.cancel, |_| ()).await?;
+    let names = debugfs(&[], "ls -p /").run(&with.cancel, |_| ()).await?;
+    if root.contains("Mode:  0700") && !names.contains("lost+found") {
+        return Ok(());
+    }
+    Err(Error::new(Code::Internal, "debugfs did not make the work-seed a home")
+        .hint("install e2fsprogs 1.47.0 or later"))
 }
 
 fn mkfs(with: &Stage, image: &Path, label: &str, blocks: u64) -> Tool {
