@@ -2,10 +2,7 @@
 
 use crate::plan::{Plan, Slot};
 use bothy_contract::{Code, Error, VmId};
-use bothy_db::{
-    Db,
-    rusqlite::{OptionalExtension, params},
-};
+use bothy_db::{Db, rusqlite::params};
 use std::{collections::BTreeMap, path::Path};
 
 /// Address and uid follow from the slot; they are kept to notice a configuration that was changed under the leases.
@@ -134,13 +131,5 @@ impl Leases {
             Ok(())
         };
         Ok(self.0.read(note).await?)
-    }
-
-    /// The VM that holds `slot`, as the file has it. For tests and for looking closer.
-    pub async fn holder(&self, slot: u32) -> Result<Option<String>, Error> {
-        let query = move |conn: &bothy_db::rusqlite::Connection| {
-            Ok(conn.query_row("SELECT vm FROM lease WHERE slot = ?", [slot], |row| row.get(0)).optional()?)
-        };
-        Ok(self.0.read(query).await?)
     }
 }

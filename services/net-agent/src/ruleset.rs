@@ -308,3 +308,71 @@ fn payload(protocol: &'static str, field: &'static str) -> Expr {
 fn concat(parts: Vec<Expr>) -> Expr {
     Expression::Named(NamedExpression::Concat(parts))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bothy_config::Config;
+
+    /// One line of JSON per command.
+    fn text(transaction: &Transaction) -> Vec<String> {
+        transaction.objects.iter().map(|object| serde_json::to_string(object).unwrap()).collect()
+    }
+
+    fn plan() -> Plan {
+        Plan::new(&Config::new("/s", "/r")).unwrap()
+    }
+
+    #[test]
+    fn the_whole_is_one_replacement_of_our_two_tables() {
+        let state = State {
+            slots: [1, 3, 254].into(),
+            nat: [Ipv4Addr::new(10, 77, 0, 2)].into(),
+            uplinks: ["eth0".to_owned()].into(),
+        };
+        let lines = text(&ruleset(&plan(), &state));
+        assert_eq!(lines[0], r#"{"add":{"table":{"family":"bridge","name":"bothy0"}}}"#);
+        assert_eq!(lines[1], r#"{"delete":{"table":{"family":"bridge","name":"bothy0"}}}"#);
+        assert_eq!(lines[4], r#"{"delete":{"table":{"family":"inet","name":"bothy0"}}}"#);
+        assert!(lines.iter().skip(6).all(|l| l.starts_with(r#"{"add":"#)), "nothing else is deleted");
+        for table in lines.iter().filter_map(|l| l.split(r#""table":""#).nth(1)) {
+            assert!(table.starts_with("bothy0\""), "{table}");
+        }
+        let tail = &lines[lines.len() - 3..];
+        assert_eq!(
+            tail[0],
+            concat!(
+                r#"{"add":{"element":{"family":"bridge","table":"bothy0","name":"guests","elem":["#,
+                r#"{"concat":["bothy-tap-1","52:54:00:4d:00:02","10.77.0.2"]},"#,
+                r#"{"concat":["bothy-tap-3","52:54:00:4d:00:04","10.77.0.4"]}]}}}"#
+            ),
+            "slot 254 does not exist"
+        );
+        assert!(tail[1].contains(r#""name":"uplinks","elem":["eth0"]"#));
+        assert!(tail[2].contains(r#""name":"nat","elem":["10.77.0.2"]"#));
+        // Each list of rules ends in a drop: what nothing names is refused.
+        for chain in ["from_guest", "to_guest"] {
+            for family in ["bridge", "inet"] {
+                let head =
+                    format!(r#"{{"add":{{"rule":{{"family":"{family}","table":"bothy0","chain":"{chain}","#);
+                if let Some(last) = lines.iter().rfind(|l| l.starts_with(&head)) {
+                    assert!(last.ends_with(r#""expr":[{"drop":null}]}}}"#), "{last}");
+                }
+            }
+        }
+        assert!(lines.iter().any(|l| l.contains(r#""hook":"postrouting""#)));
+    }
+
+    #[test]
+    fn a_change_is_one_command() {
+        let address = Ipv4Addr::new(10, 77, 0, 9);
+        assert_eq!(
+            text(&change(&plan(), &Change::RemoveNat(address))),
+            [
+                r#"{"delete":{"element":{"family":"inet","table":"bothy0","name":"nat","elem":["10.77.0.9"]}}}"#
+            ]
+        );
+        assert!(text(&change(&plan(), &Change::AddSlots(BTreeSet::new()))).is_empty());
+        assert_eq!(text(&removal(&plan())).len(), 4);
+    }
+}

@@ -7,6 +7,7 @@
     reason = "the tests' helpers: a failed one is a failed test"
 )]
 
+mod agent;
 mod guest;
 mod leases;
 mod packets;
