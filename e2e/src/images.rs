@@ -17,14 +17,20 @@ pub fn workspace_dir() -> PathBuf {
     here.parent().expect("the workspace above e2e").to_owned()
 }
 
+/// Cargo's target directory: builds, tools and heavy state that is kept in between runs.
+pub fn target_dir() -> PathBuf {
+    let profile = bothy_testkit::target_dir();
+    profile.parent().expect("a target directory above the profile's").to_owned()
+}
+
 /// The directory that heavy state is kept in between runs.
 pub fn cache_dir() -> PathBuf {
-    workspace_dir().join("target/bothy")
+    target_dir().join("bothy")
 }
 
 /// `PATH` with the tools of this checkout in front: the bus server that set-up fetched.
 pub fn path_with_tools() -> OsString {
-    let mut path = OsString::from(workspace_dir().join("target/tools"));
+    let mut path = OsString::from(target_dir().join("tools"));
     if let Some(rest) = std::env::var_os("PATH") {
         path.push(":");
         path.push(rest);
@@ -35,8 +41,8 @@ pub fn path_with_tools() -> OsString {
 /// Points `config` at this checkout's recipes, guest binary and bus server.
 pub fn configure(config: &mut Config) {
     config.image.recipe_dir = workspace_dir().join("guest/images");
-    config.image.guest_binary = workspace_dir().join("target/guest/bothy-guest");
-    let server = workspace_dir().join("target/tools/nats-server");
+    config.image.guest_binary = target_dir().join("x86_64-unknown-linux-gnu/guest/bothy-guest");
+    let server = target_dir().join("tools/nats-server");
     if server.is_file() {
         config.bus.server = server;
     }

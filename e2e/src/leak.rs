@@ -71,8 +71,7 @@ impl fmt::Display for Thing {
 pub struct Census(BTreeSet<Thing>);
 
 /// Tables whose rows are history or memory, not possession.
-const HISTORY: [&str; 9] =
-    ["op", "stage", "event", "outbox", "op_event", "reply", "request", "sqlite_sequence", "meta"];
+const HISTORY: [&str; 5] = ["op", "op_stage", "op_outbox", "reply", "forwarding"];
 
 impl Census {
     /// Counts everything in `scope`.

@@ -7,7 +7,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-/// Builds it and copies it to `target/guest/bothy-guest`, whose path comes back. The copy is only replaced by another content.
+/// Builds it; its path comes back.
 pub(crate) fn run() -> Result<PathBuf, Failure> {
     let triple = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
@@ -22,17 +22,8 @@ pub(crate) fn run() -> Result<PathBuf, Failure> {
     if !status.success() {
         return Err(Failure(format!("bothy-guest was not built ({status})")));
     }
-    let built = target().join(&triple).join("guest").join("bothy-guest");
-    let place = target().join("guest").join("bothy-guest");
-    let new = fs_err::read(&built)?;
-    let same = fs_err::read(&place).is_ok_and(|old| old == new);
-    if !same {
-        fs_err::create_dir_all(target().join("guest"))?;
-        let temp = place.with_extension("new");
-        fs_err::copy(&built, &temp)?;
-        fs_err::rename(&temp, &place)?;
-    }
-    let kib = new.len() / 1024;
-    step("guest", format!("{} ({kib} KiB{})", place.display(), if same { ", unchanged" } else { "" }));
-    Ok(place)
+    let built = target().join(&triple).join("guest/bothy-guest");
+    let kib = fs_err::metadata(&built)?.len() / 1024;
+    step("guest", format!("{} ({kib} KiB)", built.display()));
+    Ok(built)
 }
