@@ -367,7 +367,7 @@ fn same_name(text: &[u8]) -> Option<Vec<u8>> {
 /// Checks the name of a `---` or `+++` line against the one of the header.
 fn is_named(text: &[u8], side: &[u8], name: &[u8]) -> Result<(), Error> {
     // git puts a tab behind a name with blanks, for the sake of other tools.
-    let text = if text.starts_with(b"\"") { text } else { text.strip_suffix(b"\t").unwrap_or(text) };
+    let text = text.strip_suffix(b"\t").unwrap_or(text);
     let found = name_of(text)?;
     if found == b"/dev/null" || found.strip_prefix(side) == Some(name) {
         return Ok(());
