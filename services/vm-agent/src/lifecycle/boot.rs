@@ -1,0 +1,340 @@
+//! The stages of a create, and of a start, which is the same from the network on but keeps what it finds: then disks and
+//! lease are there, asking for them again gives the same ones, and failing takes none of them away.
+//!
+//! ```text
+//!  resolve_image -> acquire_network -> prepare_rootfs | prepare_work_disk -> launch_vmm -> wait_guest -> personalise
+//!                   host_key ------------------------------------------------------------------------------^  |
+//!                                                                      sync_identity | wait_services  <-------'
+//! ```
+
+use super::{Agent, files, guest::Guest, vm_of, watch};
+use bothy_contract::{
+    Code, Error, VmId, VmName,
+    guest::BootStep,
+    image::{BootSet, ImageRef, PrepareRootfs, PrepareWorkDisk, ReleaseDisks, Rootfs, WorkDisk},
+    methods::{
+        ImageDisksRelease, ImageResolve, ImageRootfsPrepare, ImageWorkDiskPrepare, NetLeaseAcquire,
+        NetLeaseRelease, WorkspaceIdentitySync,
+    },
+    net::{AcquireLease, Lease, ReleaseLease},
+    vm::VmSpec,
+    workspace::{Identity, SyncIdentity},
+};
+use bothy_ops::{Graph, Op, StageCx, UndoCx};
+use bothy_vm_agent::vmm::{Accel, Driver, VmPlan, holder::Holder, wire::HolderHandle};
+use serde::{Deserialize, Serialize};
+use std::{os::unix::fs::MetadataExt, time::Duration};
+
+/// How long the guest may take to become what it is told to be.
+const PERSONALISE: Duration = Duration::from_secs(120);
+/// What waiting for services may take beyond their own times.
+const SLACK: Duration = Duration::from_secs(30);
+
+/// All that a create's stages are made from; a start's too.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct BootInput {
+    /// The VM's name.
+    pub(crate) name: VmName,
+    /// What was asked for.
+    pub(crate) spec: VmSpec,
+    /// The guest's machine-id.
+    pub(crate) machine_id: String,
+}
+
+/// Whether the VM is made by this operation, and so unmade when it fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mode {
+    Create,
+    Start,
+}
+
+/// The graph of a create or start.
+pub(crate) fn graph(agent: &Agent, op: &Op, mode: Mode) -> Result<Graph, Error> {
+    let BootInput { name, spec, machine_id } = op.input()?;
+    let vm = vm_of(op.vm)?;
+    let mut g = Graph::new();
+    let making = mode == Mode::Create;
+
+    let a = agent.clone();
+    let image = spec.image.clone();
+    let boot = g.stage("resolve_image", (), move |_, ()| async move {
+        a.bus.call::<ImageResolve>(&ImageRef { image }).await
+    });
+
+    let (a, undo, nat) = (agent.clone(), agent.clone(), spec.nat);
+    let lease = g.undoable(
+        "acquire_network",
+        boot,
+        move |cx, _| acquire_network(a, cx, vm, nat),
+        move |_| unmake_network(undo.clone(), vm, making),
+    );
+    let (a, undo) = (agent.clone(), agent.clone());
+    let key = g.undoable(
+        "host_key",
+        boot,
+        move |_, _| async move { files::make_host_key(&a.state_dir(), vm).await },
+        move |_| {
+            let undo = undo.clone();
+            async move { if making { files::remove_vm(&undo.state_dir(), vm) } else { Ok(()) } }
+        },
+    );
+    let (a, undo, s) = (agent.clone(), agent.clone(), spec.clone());
+    let rootfs = g.undoable(
+        "prepare_rootfs",
+        lease,
+        move |_, lease| async move {
+            let system_mib = s.shape.system_mib;
+            a.bus
+                .call::<ImageRootfsPrepare>(&PrepareRootfs { vm, image: s.image, uid: lease.uid, system_mib })
+                .await
+        },
+        move |_| unmake_disks(undo.clone(), vm, making),
+    );
+    let (a, undo, s) = (agent.clone(), agent.clone(), spec.clone());
+    let work = g.undoable(
+        "prepare_work_disk",
+        lease,
+        move |cx, lease| async move {
+            let work_mib = s.shape.work_mib;
+            let disk = a
+                .bus
+                .call::<ImageWorkDiskPrepare>(&PrepareWorkDisk {
+                    vm,
+                    image: s.image,
+                    uid: lease.uid,
+                    work_mib,
+                })
+                .await?;
+            cx.note(format!("work-seed cloned by {}", disk.how));
+            Ok(disk)
+        },
+        move |_| unmake_disks(undo.clone(), vm, making),
+    );
+    let (a, undo, n, s) = (agent.clone(), agent.clone(), name.clone(), spec.clone());
+    let handle = g.undoable(
+        "launch_vmm",
+        (boot, lease, (rootfs, work)),
+        move |cx, (boot, lease, disks)| launch(a, cx, vm, n, s, boot, lease, disks),
+        move |cx| unlaunch(undo.clone(), cx, vm),
+    );
+    let a = agent.clone();
+    let answered = g.stage("wait_guest", (lease, handle), move |cx, (lease, handle)| {
+        wait_guest(a, cx, vm, lease, handle)
+    });
+
+    let a = agent.clone();
+    let personal = g.stage(
+        "personalise",
+        (boot, lease, handle, answered, key),
+        move |cx, (boot, lease, handle, (), ())| async move {
+            let guest = Guest::new(a.holder(vm, &lease), handle);
+            let key = files::host_key(&a.state_dir(), vm)?;
+            let work = guest.personalise(name.as_str(), &machine_id, &lease, &boot, key);
+            cx.unless_stopped(guest.alive_within("giving the guest its identity", PERSONALISE, work)).await
+        },
+    );
+    let (a, identity) = (agent.clone(), spec.identity);
+    g.stage("sync_identity", (boot, personal), move |cx, (boot, ())| {
+        sync_identity(a, cx, vm, boot, identity)
+    });
+
+    let a = agent.clone();
+    let steps =
+        g.stage("wait_services", (boot, lease, handle, personal), move |cx, (boot, lease, handle, ())| {
+            wait_services(a, cx, vm, boot, lease, handle)
+        });
+    g.result(steps);
+    Ok(g)
+}
+
+async fn acquire_network(agent: Agent, cx: StageCx, vm: VmId, nat: bool) -> Result<Lease, Error> {
+    let lease = agent.bus.call::<NetLeaseAcquire>(&AcquireLease { vm, nat }).await?;
+    cx.note(format!("{} on {}", lease.address, lease.tap));
+    let kept = lease.clone();
+    agent
+        .update(vm, move |row| {
+            row.record.lease = Some(kept);
+            Ok(())
+        })
+        .await?;
+    Ok(lease)
+}
+
+async fn unmake_network(agent: Agent, vm: VmId, making: bool) -> Result<(), Error> {
+    if making {
+        agent.bus.call::<NetLeaseRelease>(&ReleaseLease { vm }).await?;
+    }
+    Ok(())
+}
+
+async fn unmake_disks(agent: Agent, vm: VmId, making: bool) -> Result<(), Error> {
+    if making {
+        agent.bus.call::<ImageDisksRelease>(&ReleaseDisks { vm }).await?;
+    }
+    Ok(())
+}
+
+#[expect(clippy::too_many_arguments, reason = "the outputs of all earlier stages")]
+async fn launch(
+    agent: Agent,
+    cx: StageCx,
+    vm: VmId,
+    name: VmName,
+    spec: VmSpec,
+    boot: BootSet,
+    lease: Lease,
+    (rootfs, work): (Rootfs, WorkDisk),
+) -> Result<HolderHandle, Error> {
+    let finding = agent.accel(&boot).await?.clone();
+    let vmm = format!("{} ({})", agent.driver.name(), finding.accel);
+    // A crash may have come after the launch: then the holder says so itself.
+    let there = agent.holder(vm, &lease).status().await.ok().map(|s| s.handle).filter(|h| h.vmm.is_alive());
+    let handle = match there {
+        Some(handle) => handle,
+        None => {
+            let groups = match finding.accel {
+                Accel::Kvm => vec![kvm_group()?],
+                Accel::Tcg => Vec::new(),
+            };
+            let plan = VmPlan {
+                vm,
+                name: name.to_string(),
+                dir: agent.config.holder_dir(vm),
+                kernel: boot.kernel,
+                initrd: boot.initrd,
+                rootfs: rootfs.base,
+                system: rootfs.system,
+                work: work.path,
+                cpus: spec.shape.cpus,
+                memory_mib: spec.shape.memory_mib,
+                tap: lease.tap,
+                mac: lease.mac,
+                uid: lease.uid,
+                groups,
+                accel: finding.accel,
+                tsc_khz: agent.tsc_khz,
+            };
+            let launch = agent.driver.launch_spec(&plan)?;
+            Holder::launch(&agent.program, &launch).await?.1
+        }
+    };
+    let kept = vmm.clone();
+    agent
+        .update(vm, move |row| {
+            row.launched(handle, kept);
+            Ok(())
+        })
+        .await?;
+    watch::watch(&agent, vm, handle);
+    cx.note(format!("{vmm}, process {}", handle.vmm.pid));
+    Ok(handle)
+}
+
+/// The group that may open `/dev/kvm`.
+fn kvm_group() -> Result<u32, Error> {
+    fs_err::metadata("/dev/kvm").map(|m| m.gid()).map_err(|e| Error::internal("cannot look at /dev/kvm", &e))
+}
+
+async fn unlaunch(agent: Agent, _: UndoCx, vm: VmId) -> Result<(), Error> {
+    agent.kill(vm).await?;
+    files::remove_tree(&agent.config.holder_dir(vm))
+}
+
+async fn wait_guest(
+    agent: Agent,
+    cx: StageCx,
+    vm: VmId,
+    lease: Lease,
+    handle: HolderHandle,
+) -> Result<(), Error> {
+    let guest = Guest::new(agent.holder(vm, &lease), handle);
+    let limit = Duration::from_secs(agent.config.vm.boot_timeout_s.into());
+    let answer = async { Ok(guest.first_answer().await) };
+    let health = cx.unless_stopped(guest.alive_within("the guest's boot", limit, answer)).await?;
+    cx.note(format!(
+        "agent {} answers",
+        health.version.chars().filter(|c| !c.is_control()).take(40).collect::<String>()
+    ));
+    let boot_id: String = health.boot_id.chars().filter(char::is_ascii_graphic).take(64).collect();
+    agent
+        .update(vm, move |row| {
+            row.record.boot_id = Some(boot_id);
+            Ok(())
+        })
+        .await
+}
+
+async fn sync_identity(
+    agent: Agent,
+    cx: StageCx,
+    vm: VmId,
+    boot: BootSet,
+    identity: Identity,
+) -> Result<(), Error> {
+    if identity == Identity::default() {
+        cx.note("no identity to sync");
+        return Ok(());
+    }
+    cx.unless_stopped(agent.bus.call::<WorkspaceIdentitySync>(&SyncIdentity {
+        vm,
+        home: boot.home,
+        identity,
+    }))
+    .await?;
+    Ok(())
+}
+
+async fn wait_services(
+    agent: Agent,
+    cx: StageCx,
+    vm: VmId,
+    boot: BootSet,
+    lease: Lease,
+    handle: HolderHandle,
+) -> Result<Vec<BootStep>, Error> {
+    let guest = Guest::new(agent.holder(vm, &lease), handle);
+    if !boot.wait.is_empty() {
+        let longest = boot.wait.iter().map(|w| w.timeout_s).max().unwrap_or(0);
+        let limit = Duration::from_secs(longest.into()) + SLACK;
+        let wait = guest.wait_services(&boot.wait);
+        cx.note(
+            cx.unless_stopped(guest.alive_within("waiting for the guest's services", limit, wait)).await?,
+        );
+    }
+    match guest.timeline().await {
+        Ok((kernel, steps)) => {
+            let span = tracing::Span::current();
+            for step in &steps {
+                let start = kernel + Duration::from_micros(step.started_us);
+                let end = start + Duration::from_micros(step.took_us);
+                bothy_telemetry::past_span(
+                    &span,
+                    span_name(&step.name),
+                    start,
+                    end,
+                    [("bothy.vm.id", vm.to_string())],
+                );
+            }
+            Ok(steps)
+        }
+        // A guest that is ready is ready, whether it tells its times or not; one whose VMM is gone is not.
+        Err(e) if handle.vmm.is_alive() => {
+            tracing::warn!(bothy.vm.id = %vm, error = %e, "the guest does not tell its boot's times");
+            Ok(Vec::new())
+        }
+        Err(e) => Err(Error { code: Code::StageFailed, ..e }),
+    }
+}
+
+/// Span names are fixed words, whatever a guest calls its steps.
+fn span_name(step: &str) -> &'static str {
+    match step {
+        "kernel" => "guest.kernel",
+        "modules" => "guest.modules",
+        "mounts" => "guest.mounts",
+        "channel" => "guest.channel",
+        "personalise" => "guest.personalise",
+        "init" => "guest.init",
+        _ => "guest.step",
+    }
+}

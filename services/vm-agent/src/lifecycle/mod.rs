@@ -1,0 +1,185 @@
+//! The life of a VM.
+//!
+//! ```text
+//!                 create                   start
+//!   (no row) ------------> Creating   .-------------- Stopped <----------.
+//!       ^   undone            |       v                  ^  ^            |
+//!       |<--------------------|    Starting -- undone ---'  |            | the guest powered
+//!       |                     | done  | done                |            | itself off
+//!       |                     v       v                     |            |
+//!       |                     '--> Running -- stop --> Stopping          |
+//!       |                             |  |                               |
+//!       |                             |  '-------------------------------'
+//!       |              the VMM died   |
+//!       |                             v        (start, delete: as from Stopped;
+//!       '------ Deleting <--------- Error       a failed undo, stop or delete also ends here)
+//!                  ^    delete
+//!                  '---------- Stopped, or Running with force
+//! ```
+//! Operations move a VM at both of their ends, each time in the transaction that begins or ends the operation
+//! ([`kinds`]); the **watcher** of a VMM ([`watch`]) notes its exit, and moves only a VM that is `Running`, for in every
+//! other state an operation is at work that will see the exit itself. Each move reads and writes the row in one
+//! transaction, and those have one order: no two operations can have the same VM, and nothing waits with a lock held.
+//!
+//! A VMM is the child of its holder, not of the agent. So at start [`recover`] asks every VM's holder whether it lives,
+//! adopts those that do, and reads how the others ended.
+
+pub(crate) mod boot;
+pub(crate) mod end;
+pub(crate) mod files;
+mod guest;
+pub(crate) mod kinds;
+pub(crate) mod state;
+mod watch;
+
+pub(crate) use watch::recover;
+
+use crate::store::{self, Vm};
+use bothy_bus::Client;
+use bothy_config::Config;
+use bothy_contract::{Code, Error, Service, VmId, image::BootSet, net::Lease};
+use bothy_db::Db;
+use bothy_vm_agent::vmm::{
+    Driver, QemuMicrovm,
+    accel::{self, Finding, Trial},
+    clock,
+    holder::{self, Holder},
+    wire::HolderHandle,
+};
+use fs_err as fs;
+use std::{os::unix::fs::PermissionsExt, path::PathBuf, sync::Arc, time::Duration};
+use tokio::sync::OnceCell;
+
+/// How long a killed VMM may take to be gone.
+const KILL: Duration = Duration::from_secs(20);
+/// How long a holder may take to end once its VMM has: it writes the exit record.
+const HOLDER_END: Duration = Duration::from_secs(5);
+const SIGKILL: i32 = 9;
+
+/// What every part of the agent works with. Clones share it.
+#[derive(Debug, Clone)]
+pub(crate) struct Agent(Arc<Shared>);
+
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) config: Config,
+    pub(crate) db: Db,
+    pub(crate) bus: Client,
+    pub(crate) driver: QemuMicrovm,
+    tsc_khz: Option<u32>,
+    /// How guests are run here, once that was found out.
+    accel: OnceCell<Finding>,
+    /// `bothy-vmm`.
+    program: PathBuf,
+}
+
+impl std::ops::Deref for Agent {
+    type Target = Shared;
+    fn deref(&self) -> &Shared {
+        &self.0
+    }
+}
+
+impl Agent {
+    /// Looks at the host: QEMU's version, the clock.
+    pub(crate) async fn new(config: Config, db: Db, bus: Client) -> Result<Self, Error> {
+        let failed = |e: std::io::Error| Error::internal("cannot make the holders' directory", &e);
+        let holders = config.run_dir.join("vm");
+        fs::create_dir_all(&holders).map_err(failed)?;
+        // Each VM's user must get through to its own directory, and need not see the others.
+        fs::set_permissions(&holders, std::fs::Permissions::from_mode(0o711)).map_err(failed)?;
+        let driver = QemuMicrovm::find(&config.vm.qemu).await?;
+        let tsc_khz = tokio::task::spawn_blocking(clock::tsc_khz)
+            .await
+            .map_err(|e| Error::internal("cannot measure the clock", &e))?;
+        let program = holder::program()?;
+        Ok(Self(Arc::new(Shared { config, db, bus, driver, tsc_khz, accel: OnceCell::new(), program })))
+    }
+
+    /// The agent's own directory.
+    pub(crate) fn state_dir(&self) -> PathBuf {
+        self.config.service_dir(Service::Vm)
+    }
+
+    /// How guests are run here: decided once, with an image at hand to try it on.
+    async fn accel(&self, boot: &BootSet) -> Result<&Finding, Error> {
+        self.accel
+            .get_or_try_init(|| async {
+                let trial = Trial {
+                    qemu: self.driver.program(),
+                    version: self.driver.version(),
+                    kernel: &boot.kernel,
+                    initrd: &boot.initrd,
+                    memory: self.state_dir().join("accel.json"),
+                };
+                accel::decide(self.config.vm.accelerator, &trial).await
+            })
+            .await
+    }
+
+    /// What was found out about KVM so far.
+    pub(crate) fn known_accel(&self) -> Option<&Finding> {
+        self.accel.get()
+    }
+
+    /// The row of `vm`.
+    pub(crate) async fn vm(&self, vm: VmId) -> Result<Vm, Error> {
+        Ok(self.db.read(move |c| store::get(c, vm)).await?)
+    }
+
+    /// Changes the row of `vm`.
+    async fn update<T: Send + 'static>(
+        &self,
+        vm: VmId,
+        change: impl FnOnce(&mut Vm) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        Ok(self.db.write(move |tx| store::update(tx, vm, change)).await?)
+    }
+
+    /// The holder of `vm`, if it has a place on the network and so a user to run as.
+    pub(crate) fn holder(&self, vm: VmId, lease: &Lease) -> Holder {
+        Holder::new(self.config.holder_dir(vm), lease.uid)
+    }
+
+    /// Kills the VMM of `vm`, if there is one, and waits until it and its holder are gone. Believes the socket where the row
+    /// has no handle: a crash may have come between the launch and the row.
+    async fn kill(&self, vm: VmId) -> Result<(), Error> {
+        let row = self.vm(vm).await?;
+        let Some(lease) = row.record.lease.as_ref() else { return Ok(()) };
+        let holder = self.holder(vm, lease);
+        let handle = match row.handle {
+            Some(handle) => handle,
+            None if !holder.dir().exists() => return Ok(()),
+            None => match holder.status().await {
+                Ok(status) => status.handle,
+                Err(_) => return Ok(()),
+            },
+        };
+        if handle.vmm.is_alive() {
+            // It may end between the look and the signal.
+            if let Err(e) = holder.kill(SIGKILL).await
+                && handle.vmm.is_alive()
+            {
+                return Err(e.context("cannot kill the VMM"));
+            }
+        }
+        self.await_end(vm, handle, KILL).await?;
+        Ok(())
+    }
+
+    /// Waits until a VMM and its holder are gone, for at most `limit`, and puts the exit into the row. Whether they are.
+    async fn await_end(&self, vm: VmId, handle: HolderHandle, limit: Duration) -> Result<bool, Error> {
+        if tokio::time::timeout(limit, Holder::gone(handle.vmm)).await.is_err() {
+            return Ok(false);
+        }
+        // A holder that hangs is no reason not to go on: the exit is then without a record.
+        drop(tokio::time::timeout(HOLDER_END, Holder::gone(handle.holder)).await);
+        watch::note_exit(self, vm, handle).await?;
+        Ok(true)
+    }
+}
+
+/// A VM's operation always has its VM.
+fn vm_of(vm: Option<VmId>) -> Result<VmId, Error> {
+    vm.ok_or_else(|| Error::new(Code::Internal, "an operation on a VM has no VM"))
+}

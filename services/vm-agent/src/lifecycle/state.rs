@@ -1,0 +1,126 @@
+//! The decisions about a VM's state, as pure functions. The diagram is in [`super`].
+
+use bothy_contract::{
+    Code, Error, VmName,
+    vm::{ExitRecord, VmState},
+};
+
+/// What a user wants done to a VM that is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wish {
+    Start,
+    Stop,
+    Delete { force: bool },
+}
+
+/// The state that `wish` brings a VM into, or why it cannot be granted now.
+pub(crate) fn grant(name: &VmName, state: VmState, wish: Wish) -> Result<VmState, Error> {
+    use VmState::{Creating, Deleting, Error as Broken, Running, Starting, Stopped, Stopping};
+    let refused = |what: String, hint: String| Err(Error::new(Code::FailedPrecondition, what).hint(hint));
+    match (wish, state) {
+        (Wish::Start, Stopped | Broken) => Ok(Starting),
+        (Wish::Start, Running) => {
+            refused(format!("VM {name} is running already"), format!("`bothy vm stop {name}` first"))
+        }
+        (Wish::Stop, Running) => Ok(Stopping),
+        (Wish::Stop, Stopped | Broken) => {
+            refused(format!("VM {name} is not running"), format!("`bothy vm start {name}` starts it"))
+        }
+        (Wish::Delete { .. }, Stopped | Broken) | (Wish::Delete { force: true }, Running) => Ok(Deleting),
+        (Wish::Delete { force: false }, Running) => refused(
+            format!("VM {name} is running"),
+            format!("stop it first with `bothy vm stop {name}`, or use `--force` to kill it"),
+        ),
+        (_, Creating | Starting) => refused(
+            format!("VM {name} is {}", word(state)),
+            "wait for that operation, or stop it with `bothy op cancel`; `bothy op list` shows it".into(),
+        ),
+        (_, Stopping | Deleting) => refused(
+            format!("VM {name} is {}", word(state)),
+            "wait for that operation; `bothy op list` shows it".into(),
+        ),
+    }
+}
+
+/// A state as people read it.
+pub(crate) fn word(state: VmState) -> &'static str {
+    match state {
+        VmState::Creating => "being created",
+        VmState::Starting => "starting",
+        VmState::Running => "running",
+        VmState::Stopping => "stopping",
+        VmState::Stopped => "stopped",
+        VmState::Deleting => "being deleted",
+        VmState::Error => "in error",
+    }
+}
+
+/// Where a VM stands once its VMM is found to have ended: `None` where an operation is at work on it, which decides.
+pub(crate) fn after_exit(state: VmState, exit: Option<&ExitRecord>) -> Option<(VmState, String)> {
+    if state != VmState::Running {
+        return None;
+    }
+    Some(match exit {
+        Some(ExitRecord { status: Some(0), signal: None, .. }) => {
+            (VmState::Stopped, "the guest powered itself off".to_owned())
+        }
+        Some(exit) => (VmState::Error, format!("the VMM {}", how(exit))),
+        None => (
+            VmState::Error,
+            "the VMM ended without a record: its holder was killed, or the host went down".to_owned(),
+        ),
+    })
+}
+
+/// How a VMM ended, in words.
+pub(crate) fn how(exit: &ExitRecord) -> String {
+    match (exit.signal, exit.status) {
+        (Some(signal), _) => format!("was ended by signal {signal}"),
+        (None, Some(status)) => format!("exited with status {status}"),
+        (None, None) => "ended in an unknown way".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use VmState::{Creating, Deleting, Error as Broken, Running, Starting, Stopped, Stopping};
+
+    #[test]
+    fn every_wish_in_every_state_has_its_answer() {
+        let name = "a".parse().unwrap();
+        let all = [Creating, Starting, Running, Stopping, Stopped, Deleting, Broken];
+        let granted = |wish| {
+            all.into_iter().filter_map(|s| grant(&name, s, wish).ok().map(|to| (s, to))).collect::<Vec<_>>()
+        };
+        assert_eq!(granted(Wish::Start), [(Stopped, Starting), (Broken, Starting)]);
+        assert_eq!(granted(Wish::Stop), [(Running, Stopping)]);
+        assert_eq!(granted(Wish::Delete { force: false }), [(Stopped, Deleting), (Broken, Deleting)]);
+        assert_eq!(
+            granted(Wish::Delete { force: true }),
+            [(Running, Deleting), (Stopped, Deleting), (Broken, Deleting)]
+        );
+        for state in all {
+            for wish in [Wish::Start, Wish::Stop, Wish::Delete { force: false }] {
+                if let Err(e) = grant(&name, state, wish) {
+                    assert_eq!(e.code, Code::FailedPrecondition);
+                    assert!(e.hint.is_some() && e.message.contains("VM a is"), "{e}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_exit_moves_only_a_running_vm() {
+        let exit = |status, signal| ExitRecord { at: jiff::Timestamp::UNIX_EPOCH, status, signal };
+        assert_eq!(after_exit(Running, Some(&exit(Some(0), None))).unwrap().0, Stopped);
+        for bad in [exit(Some(1), None), exit(None, Some(9)), exit(None, None)] {
+            assert_eq!(after_exit(Running, Some(&bad)).unwrap().0, Broken);
+        }
+        assert_eq!(after_exit(Running, None).unwrap().0, Broken);
+        for state in [Creating, Starting, Stopping, Stopped, Deleting, Broken] {
+            assert_eq!(after_exit(state, None), None, "{state:?}");
+        }
+        assert_eq!(how(&exit(None, Some(9))), "was ended by signal 9");
+    }
+}
