@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, Interest},
+    io::{AsyncReadExt, AsyncWriteExt},
     net::{UnixListener, UnixStream},
     sync::Semaphore,
 };
@@ -97,27 +97,43 @@ async fn line(stream: &mut UnixStream) -> io::Result<String> {
 
 async fn connect(mut stream: UnixStream, vm: &Vm, port: u32) -> io::Result<()> {
     let connector = if port == CONTROL_PORT { &vm.control } else { &vm.bulk };
+    let mut early = None;
     let opened = tokio::select! {
         opened = connector.open(port) => opened,
         // The caller gave up before the guest's session was there.
-        () = gone(&stream) => return Ok(()),
+        () = gone(&stream, &mut early) => return Ok(()),
     };
     match opened {
         Ok(mut guest) => {
             let number = vm.opened.get() + 1;
             vm.opened.set(number);
             stream.write_all(format!("OK {number}\n").as_bytes()).await?;
+            if let Some(byte) = early {
+                guest.write_u8(byte).await?;
+            }
             tokio::io::copy_bidirectional(&mut stream, &mut guest).await.map(|_| ())
         }
         Err(err) => stream.write_all(format!("ERR {err}\n").as_bytes()).await,
     }
 }
 
-/// Waits until the caller has hung up; never ends where it sends ahead of its `OK`, which hides that.
-async fn gone(stream: &UnixStream) {
-    match stream.ready(Interest::READABLE).await {
-        Ok(ready) if !ready.is_read_closed() => std::future::pending().await,
-        _ => {}
+/// Waits until the caller has hung up. Only reading tells, so a byte that it sent ahead of its `OK` is kept in `early`;
+/// from then on its hanging up shows only once the stream is open.
+async fn gone(stream: &UnixStream, early: &mut Option<u8>) {
+    let mut byte = [0];
+    loop {
+        if stream.readable().await.is_err() {
+            return;
+        }
+        match stream.try_read(&mut byte) {
+            Ok(0) => return,
+            Ok(_) => {
+                *early = Some(byte[0]);
+                return std::future::pending().await;
+            }
+            Err(err) if err.kind() == io::ErrorKind::WouldBlock => {}
+            Err(_) => return,
+        }
     }
 }
 
