@@ -2,7 +2,7 @@
 //!
 //! A tool gets an argument vector and never a shell's line of ours, an environment with nothing of the agent's in it, no input,
 //! a process group of its own and a deadline. When it is cancelled, too slow or forgotten, the whole group is
-//! killed, and what it said on stderr is in the error.
+//! killed, and what it said on stderr is in the error. It does not outlive the agent either.
 
 use bothy_contract::{Code, Error};
 use rustix::process::{Pid, Signal, kill_process_group};
@@ -87,12 +87,18 @@ impl Tool {
         if cancel.is_cancelled() {
             return Err(cancelled(name));
         }
-        let mut argv = self.prefix.iter().cloned().chain([name.into()]).chain(self.args.iter().cloned());
+        if !PATH.split(':').any(|dir| Path::new(dir).join(name).is_file()) {
+            return Err(self.missing());
+        }
+        // The agent's own death must not leave a tool behind that goes on writing: setpriv(1) asks the kernel for it.
+        let leash = ["setpriv", "--pdeathsig", "KILL", "--"].map(OsString::from);
+        let tool = self.prefix.iter().cloned().chain([name.into()]).chain(self.args.iter().cloned());
+        let mut argv = leash.into_iter().chain(tool);
         let mut command = Command::new(argv.next().unwrap_or_default());
         command.args(argv).env_clear().env("PATH", PATH).env("LC_ALL", "C.UTF-8").env("HOME", "/root");
         command.envs(self.envs.iter().map(|(k, v)| (k, v)));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
-        let mut child = command.spawn().map_err(|e| self.not_started(&e))?;
+        let mut child = command.spawn().map_err(|e| Error::internal(format!("cannot start `{name}`"), &e))?;
         let mut group = Group(child.id().and_then(|id| Pid::from_raw(id.cast_signed())));
         let mut stdout = child.stdout.take().map(|s| s.take(MAX_OUTPUT));
         let mut stderr = child.stderr.take().map(|s| BufReader::new(s.take(16 * MAX_OUTPUT)));
@@ -161,16 +167,9 @@ impl Tool {
         }
     }
 
-    fn not_started(&self, err: &io::Error) -> Error {
-        let name = self.name;
-        if err.kind() == io::ErrorKind::NotFound {
-            Error::new(Code::FailedPrecondition, format!("`{name}` is not installed")).hint(format!(
-                "install it with `apt-get install {}`, or run `cargo xtask setup`",
-                self.package
-            ))
-        } else {
-            Error::internal(format!("cannot start `{name}`"), err)
-        }
+    fn missing(&self) -> Error {
+        Error::new(Code::FailedPrecondition, format!("`{}` is not installed", self.name))
+            .hint(format!("install it with `apt-get install {}`, or run `cargo xtask setup`", self.package))
     }
 }
 

@@ -1,0 +1,205 @@
+//! The real binary on a real bus: what it answers, what it refuses, and what a cancelled build leaves.
+
+use bothy_bus::{Client, testing::TestBus};
+use bothy_contract::{
+    Code, ImageName, OpId, Service, VmId,
+    image::{
+        Artifact, BuildImage, ImageManifest, ImageRef, InitStyle, ListDisks, ListImages, PrepareRootfs,
+        PrepareWorkDisk, ReleaseDisks,
+    },
+    methods::{
+        ImageBuild, ImageDisksList, ImageDisksRelease, ImageListAll, ImageOpCancel, ImageOpShow,
+        ImageResolve, ImageRootfsPrepare, ImageShow, ImageWorkDiskPrepare,
+    },
+    op::{OpRecord, OpRef, OpState, StageState},
+};
+use std::{
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    process::{Child, Command},
+    time::Duration,
+};
+
+const MIB: u64 = 1 << 20;
+
+/// The agent, ended with the test.
+struct Agent(Child);
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+struct Host {
+    agent: Agent,
+    bus: TestBus,
+    file: PathBuf,
+}
+
+impl Host {
+    fn home(&self) -> PathBuf {
+        self.bus.config.service_dir(Service::Image)
+    }
+
+    fn spawn(file: &Path) -> Agent {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bothy-image-agent"));
+        Agent(command.arg("--config").arg(file).spawn().unwrap())
+    }
+
+    async fn start() -> (Self, Client, Client) {
+        let mut bus = TestBus::start();
+        let state = bus.config.state_dir.clone();
+        bus.config.image.recipe_dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guest/images");
+        bus.config.image.guest_binary = state.join("guest");
+        fs_err::write(state.join("guest"), "the guest's agent").unwrap();
+        let file = state.join("bothy.toml");
+        fs_err::write(&file, bus.config.to_toml().unwrap()).unwrap();
+        let gateway = Client::connect(&bus.config, Service::Gateway).await.unwrap();
+        gateway.ensure_ops_stream().await.unwrap();
+        let vm = Client::connect(&bus.config, Service::Vm).await.unwrap();
+        let host = Self { agent: Self::spawn(&file), bus, file };
+        host.ready(&gateway).await;
+        (host, gateway, vm)
+    }
+
+    async fn ready(&self, gateway: &Client) {
+        while gateway.call::<ImageListAll>(&ListImages {}).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Copies an image in, as a person may: its directory is all that makes it one.
+    fn plant(&self, name: &str) -> ImageName {
+        let name: ImageName = name.parse().unwrap();
+        let dir = self.home().join("store/images").join(name.as_str());
+        fs_err::create_dir_all(&dir).unwrap();
+        let files = ["rootfs", "kernel", "modules", "system-seed", "work-seed"].map(|role| {
+            fs_err::File::create(dir.join(role)).unwrap().set_len(MIB).unwrap();
+            let artifact = Artifact { file: role.into(), sha256: "0".into(), size: MIB };
+            (role.to_owned(), artifact)
+        });
+        let manifest = ImageManifest {
+            version: 1,
+            name: name.clone(),
+            architecture: "x86_64".into(),
+            created: jiff::Timestamp::now(),
+            recipe_sha256: "0".into(),
+            init: InitStyle::Systemd,
+            home: "/root".into(),
+            wait: vec![],
+            kernel_release: "6.1".into(),
+            artifacts: files.into(),
+        };
+        fs_err::write(dir.join("manifest.json"), serde_json::to_vec(&manifest).unwrap()).unwrap();
+        name
+    }
+
+    fn builds_left(&self) -> Vec<PathBuf> {
+        let entries = fs_err::read_dir(self.home().join("store/images")).unwrap();
+        entries.map(|e| e.unwrap().path()).filter(|p| p.to_string_lossy().contains("/.build-")).collect()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_and_disks_over_the_bus() {
+    bothy_testkit::require_root!();
+    let (host, gateway, vm_agent) = Host::start().await;
+    let image = host.plant("tiny");
+    let list = gateway.call::<ImageListAll>(&ListImages {}).await.unwrap();
+    assert_eq!(list.images.iter().map(|i| &i.name).collect::<Vec<_>>(), [&image]);
+    let gone = ImageRef { image: "gone".parse().unwrap() };
+    let err = gateway.call::<ImageShow>(&gone).await.unwrap_err();
+    assert_eq!(err.code, Code::NotFound);
+    assert!(err.hint.unwrap().contains("bothy image build gone"));
+
+    let boot = vm_agent.call::<ImageResolve>(&ImageRef { image: image.clone() }).await.unwrap();
+    for path in [&boot.kernel, &boot.initrd] {
+        assert_eq!(fs_err::metadata(path).unwrap().mode() & 0o777, 0o644, "{}", path.display());
+    }
+
+    let (vm, uid) = (VmId::new(), host.bus.config.vm.uid_base + 3);
+    let ask = PrepareRootfs { vm, image: image.clone(), uid, system_mib: 64 };
+    let rootfs = vm_agent.call::<ImageRootfsPrepare>(&ask).await.unwrap();
+    let ask = PrepareWorkDisk { vm, image: image.clone(), uid, work_mib: 128 };
+    let work = vm_agent.call::<ImageWorkDiskPrepare>(&ask).await.unwrap();
+    for (path, mib) in [(&rootfs.system, 64), (&work.path, 128)] {
+        let meta = fs_err::metadata(path).unwrap();
+        assert_eq!((meta.uid(), meta.len(), meta.mode() & 0o777), (uid, mib * MIB, 0o600));
+    }
+    let root = PrepareWorkDisk { uid: 0, ..ask };
+    let err = vm_agent.call::<ImageWorkDiskPrepare>(&root).await.unwrap_err();
+    assert_eq!(err.code, Code::InvalidArgument);
+    assert_eq!(vm_agent.call::<ImageDisksList>(&ListDisks {}).await.unwrap().vms, [vm]);
+    vm_agent.call::<ImageDisksRelease>(&ReleaseDisks { vm }).await.unwrap();
+    assert_eq!(vm_agent.call::<ImageDisksList>(&ListDisks {}).await.unwrap().vms, []);
+}
+
+/// How many processes work in `dir`, by their command lines.
+fn tools_in(dir: &Path) -> usize {
+    let dir = dir.join("store").into_os_string().into_string().unwrap();
+    let lines = fs_err::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .filter_map(|p| fs_err::read(p.path().join("cmdline")).ok());
+    lines.filter(|line| String::from_utf8_lossy(line).contains(&dir)).count()
+}
+
+/// Waits until `op` is in its first stage and that has made something.
+async fn under_way(host: &Host, gateway: &Client, op: OpId) {
+    while host.builds_left().iter().all(|p| !p.join("tree").exists()) {
+        let record = gateway.call::<ImageOpShow>(&OpRef { op }).await.unwrap();
+        assert!(!record.state.is_final(), "{record:?}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_build_that_is_cancelled_or_cut_off_leaves_nothing() {
+    bothy_testkit::require_root!();
+    let (mut host, gateway, _) = Host::start().await;
+    let ask = |recipe: &str| BuildImage { recipe: recipe.parse().unwrap(), force: false, owner: 0 };
+    let err = gateway.call::<ImageBuild>(&ask("no-such-recipe")).await.unwrap_err();
+    assert_eq!(err.code, Code::NotFound);
+
+    let op = gateway.call::<ImageBuild>(&ask("debian")).await.unwrap().op;
+    under_way(&host, &gateway, op).await;
+    let second = gateway.call::<ImageBuild>(&ask("debian")).await.unwrap_err();
+    assert!(second.message.contains(&op.to_string()), "{second}");
+    gateway.call::<ImageOpCancel>(&OpRef { op }).await.unwrap();
+    let record = ended(&gateway, op).await;
+    assert_eq!(record.state, OpState::Cancelled, "{record:?}");
+    assert!(record.stages.iter().all(|s| s.state == StageState::Undone), "{record:?}");
+    assert_eq!(host.builds_left(), [PathBuf::new(); 0]);
+
+    let op = gateway.call::<ImageBuild>(&ask("debian")).await.unwrap().op;
+    under_way(&host, &gateway, op).await;
+    host.agent = Host::spawn_after_kill(host.agent, &host.file);
+    host.ready(&gateway).await;
+    let record = ended(&gateway, op).await;
+    assert_eq!(record.state, OpState::Failed, "{record:?}");
+    // The tools of the agent that was killed went with it, or they would go on to write there.
+    while tools_in(&host.home()) > 0 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(host.builds_left(), [PathBuf::new(); 0]);
+}
+
+impl Host {
+    /// Ends the agent as a crash would, and starts it anew.
+    fn spawn_after_kill(agent: Agent, file: &Path) -> Agent {
+        drop(agent);
+        Self::spawn(file)
+    }
+}
+
+async fn ended(gateway: &Client, op: OpId) -> OpRecord {
+    loop {
+        let record = gateway.call::<ImageOpShow>(&OpRef { op }).await.unwrap();
+        if record.state.is_final() {
+            return record;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
