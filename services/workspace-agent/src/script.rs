@@ -77,6 +77,7 @@ impl Finished {
                 .hint("choose another place with `--guest-path`, or remove it in the guest (export first what you need)"),
             43 => precondition(format!("something above {path} in the guest is no directory"))
                 .hint("choose another place with `--guest-path`"),
+            44 => Error::invalid("the pack is not whole").hint("use a `bothy` and services of one version"),
             50 => Error::not_found(format!("{path} in the guest is no repository with a `.git` directory"))
                 .hint("name the place of the import with `--guest-path`"),
             51 => precondition(format!("the repository {path} in the guest does not know its import any more"))

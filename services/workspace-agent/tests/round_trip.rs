@@ -142,7 +142,7 @@ fn round_trip(first: &[Change], dirty: &[Change], guest_work: &[Change], untrack
     fs_err::write(host.join(".gitignore"), "*.ignored\n").unwrap();
     first.iter().for_each(|c| apply(&host, c));
     git(&host, &["add", "-A"]);
-    git(&host, &["commit", "-qm", "first"]);
+    git(&host, &["commit", "-q", "--allow-empty", "-m", "first"]);
     if detached {
         git(&host, &["checkout", "-q", "--detach"]);
     }

@@ -34,4 +34,6 @@ pub mod entry {
     pub const TRACKED: &str = "tracked.patch";
     /// The directory of untracked files, where they were asked for.
     pub const UNTRACKED: &str = "untracked";
+    /// The last entry, empty: without it a pack is not whole.
+    pub const END: &str = "end";
 }

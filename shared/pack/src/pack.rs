@@ -90,6 +90,7 @@ impl Repository {
         tar.put(entry::STAGED, staged.1, staged.0)?;
         tar.put(entry::TRACKED, tracked.1, tracked.0)?;
         self.untracked(options, &mut tar, &mut summary)?;
+        tar.put(entry::END, 0, std::io::empty())?;
         summary.bytes = tar.finish()?;
         Ok(summary)
     }

@@ -145,7 +145,8 @@ fn a_pack_holds_history_staged_and_other_changes_and_leaves_the_repository_alone
     let names: Vec<_> = entries(&pack).into_iter().map(|(name, _)| name).collect();
     assert_eq!(
         names,
-        [entry::META, entry::HISTORY, entry::STAGED, entry::TRACKED].map(|n| n.as_bytes().to_vec())
+        [entry::META, entry::HISTORY, entry::STAGED, entry::TRACKED, entry::END]
+            .map(|n| n.as_bytes().to_vec())
     );
     let meta = Meta::read(pack.as_slice()).unwrap();
     assert_eq!((meta.name.as_str(), meta.branch.as_deref()), ("my repo", Some("main")));

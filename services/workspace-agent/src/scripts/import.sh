@@ -4,6 +4,8 @@ path=$1 nonce=$2 head=$3 format=$4 branch=$5 name=$6 email=$7
 work=${path%/*}/.bothy-import-$nonce
 pack=$work/pack
 export HOME="$work"
+# A tar stream that ends between two entries looks whole to tar.
+[ -f "$pack/end" ] || exit 44
 export GIT_AUTHOR_NAME=bothy GIT_AUTHOR_EMAIL=bothy@localhost GIT_AUTHOR_DATE='@0 +0000'
 export GIT_COMMITTER_NAME=bothy GIT_COMMITTER_EMAIL=bothy@localhost GIT_COMMITTER_DATE='@0 +0000'
 git init -q --template= --object-format="$format" "$work/repo"
