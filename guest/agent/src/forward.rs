@@ -18,10 +18,10 @@ pub(crate) async fn connect(port: u16, nic: Option<Ipv4Addr>) -> Result<TcpStrea
         Ok(stream) => return Ok(stream),
         Err(error) => error,
     };
-    if let Some(nic) = nic {
-        if let Ok(stream) = TcpStream::connect((nic, port)).await {
-            return Ok(stream);
-        }
+    if let Some(nic) = nic
+        && let Ok(stream) = TcpStream::connect((nic, port)).await
+    {
+        return Ok(stream);
     }
     Err(Status::unavailable(format!("connect to port {port} of the guest: {error}")))
 }

@@ -86,10 +86,10 @@ fn owners(wanted: &HashSet<u64>) -> HashMap<u64, u32> {
     for pid in processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok()) {
         let Ok(files) = fs_err::read_dir(format!("/proc/{pid}/fd")) else { continue };
         for file in files.flatten() {
-            if let Some(inode) = fs_err::read_link(file.path()).ok().and_then(|link| socket_inode(&link)) {
-                if wanted.contains(&inode) {
-                    owners.entry(inode).or_insert(pid);
-                }
+            if let Some(inode) = fs_err::read_link(file.path()).ok().and_then(|link| socket_inode(&link))
+                && wanted.contains(&inode)
+            {
+                owners.entry(inode).or_insert(pid);
             }
         }
     }

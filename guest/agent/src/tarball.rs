@@ -4,6 +4,7 @@
 use std::collections::HashSet;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use bothy_guest_proto::CHUNK;
 use tar::{Archive, Builder, EntryType, Header};
@@ -47,6 +48,13 @@ pub(crate) fn unpack(archive: impl Read, directory: &Path) -> io::Result<Unpacke
     directories.sort_by(|a, b| b.path_bytes().cmp(&a.path_bytes()));
     for mut entry in directories {
         inside(entry.unpack_in(&directory)?, &entry.path_bytes())?;
+        // The crate leaves out the times of directories.
+        let name = entry.path()?;
+        let path = directory.join(name.strip_prefix("/").unwrap_or(&name));
+        if fs_err::symlink_metadata(&path)?.is_dir() {
+            let modified = SystemTime::UNIX_EPOCH + Duration::from_secs(entry.header().mtime()?);
+            fs_err::File::open(&path)?.file().set_modified(modified)?;
+        }
     }
     Ok(done)
 }
@@ -190,7 +198,6 @@ mod tests {
     use super::*;
     use std::os::unix::ffi::OsStrExt;
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
-    use std::time::{Duration, SystemTime};
 
     #[test]
     fn a_tree_comes_out_as_it_went_in() {

@@ -16,7 +16,8 @@ pub(crate) struct User {
     pub(crate) shell: PathBuf,
 }
 
-/// Looks up a user by name, or by number.
+/// Looks up a user by name, or by number. A number that no line has is a user all the same, of group 0 and with no
+/// home, which is what images for containers expect.
 ///
 /// # Errors
 /// `NotFound` when there is none.
@@ -32,6 +33,8 @@ fn find(passwd: &str, group: &str, name: &str) -> Option<User> {
     let mut user = passwd.lines().find_map(|line| parse(line, name));
     if user.is_none() && (name == "root" || name == "0") {
         user = parse("root:x:0:0::/root:/bin/sh", name);
+    } else if user.is_none() && name.parse::<u32>().is_ok() {
+        user = parse(&format!("{name}:x:{name}:0::/:/bin/sh"), name);
     }
     let mut user = user?;
     user.groups = groups_of(group, &user.name, user.gid);
@@ -93,5 +96,8 @@ mod tests {
     fn an_image_without_passwd_has_root() {
         assert_eq!(find("", "", "root").unwrap().uid, 0);
         assert_eq!(find("", "", "dev"), None);
+        let number = find("", "", "4321").unwrap();
+        assert_eq!((number.uid, number.gid, number.home.as_path()), (4321, 0, Path::new("/")));
+        assert_eq!(find("", "", "-1"), None);
     }
 }

@@ -98,7 +98,7 @@ fn directory(start: &ExecStart, user: &User) -> Result<PathBuf, ExecFailed> {
         return Ok(if user.home.is_dir() { user.home.clone() } else { "/".into() });
     }
     let directory = user.home.join(&start.workdir);
-    match fs_err::metadata(&directory) {
+    match directory.metadata() {
         Ok(found) if found.is_dir() => Ok(directory),
         Ok(_) => {
             Err(failed(Errno::ENOTDIR, format!("working directory {}: not a directory", directory.display())))
@@ -131,6 +131,7 @@ fn find(name: &str, path: &str, directory: &Path) -> Result<PathBuf, ExecFailed>
     Err(failed(worst, format!("`{name}`: {text}")))
 }
 
+/// The error number is what the host wants, so none of `fs_err`, which wraps it.
 fn executable(path: &Path) -> Result<(), Errno> {
     let found = fs_err::metadata(path)
         .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(Errno::ENOENT as i32)))?;
