@@ -1,5 +1,7 @@
 //! The real binary on a real bus: what it answers, what it refuses, and what a cancelled build leaves.
 
+#![expect(clippy::unwrap_used, reason = "a failed test is meant to stop, with the line")]
+
 use bothy_bus::{Client, testing::TestBus};
 use bothy_contract::{
     Code, ImageName, OpId, Service, VmId,
