@@ -234,9 +234,7 @@ async fn a_background_child_does_not_hold_the_exec() {
 }
 
 fn alive(pid: i32) -> bool {
-    let state = std::fs::File::open(format!("/proc/{pid}/stat"))
-        .ok()
-        .map(|file| std::io::read_to_string(file).unwrap());
+    let state = fs_err::read_to_string(format!("/proc/{pid}/stat")).ok();
     state.is_some_and(|stat| !stat.rsplit(") ").next().unwrap_or_default().starts_with('Z'))
 }
 
