@@ -173,7 +173,7 @@ async fn a_build_that_is_cancelled_or_cut_off_leaves_nothing() {
     let record = ended(&gateway, op).await;
     assert_eq!(record.state, OpState::Cancelled, "{record:?}");
     assert!(record.stages.iter().all(|s| s.state == StageState::Undone), "{record:?}");
-    assert_eq!(host.builds_left(), [PathBuf::new(); 0]);
+    assert_eq!(host.builds_left(), Vec::<PathBuf>::new());
 
     let op = gateway.call::<ImageBuild>(&ask("debian")).await.unwrap().op;
     under_way(&host, &gateway, op).await;
@@ -185,7 +185,7 @@ async fn a_build_that_is_cancelled_or_cut_off_leaves_nothing() {
     while tools_in(&host.home()) > 0 {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    assert_eq!(host.builds_left(), [PathBuf::new(); 0]);
+    assert_eq!(host.builds_left(), Vec::<PathBuf>::new());
 }
 
 impl Host {
