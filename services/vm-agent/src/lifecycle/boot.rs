@@ -57,8 +57,8 @@ pub(crate) fn graph(agent: &Agent, op: &Op, mode: Mode) -> Result<Graph, Error> 
 
     let a = agent.clone();
     let image = spec.image.clone();
-    let boot = g.stage("resolve_image", (), move |_, ()| async move {
-        a.bus.call::<ImageResolve>(&ImageRef { image }).await
+    let boot = g.stage("resolve_image", (), move |cx, ()| async move {
+        cx.unless_stopped(a.bus.call::<ImageResolve>(&ImageRef { image })).await
     });
 
     let (a, undo, nat) = (agent.clone(), agent.clone(), spec.nat);
