@@ -1,8 +1,6 @@
 //! Import, change, export, apply: the tree is the same, whatever changed. The scripts are the real ones, run on the host.
-#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
-mod support;
-
+use crate::support::{assert_untouched, export_repo, fingerprint, git, git_with, import_repo, tree_of};
 use proptest::prelude::*;
 use std::{
     ffi::OsStr,
@@ -12,7 +10,6 @@ use std::{
     },
     path::Path,
 };
-use support::{assert_untouched, export_repo, fingerprint, git, git_with, import_repo, tree_of};
 
 /// Names with all that a name can have; some are directories of others.
 const NAMES: [&[u8]; 14] = [

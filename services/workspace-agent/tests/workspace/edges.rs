@@ -1,18 +1,15 @@
 //! What a round trip does not meet: refusals, clean-up, hostile configuration, shallow clones, identity.
-#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
-mod support;
-
+use crate::support::{
+    HostGuest, assert_untouched, export_repo, fingerprint, framed, git, git_with, import_frames, import_repo,
+    packed, tree_of,
+};
 use bothy_contract::{
     Code, VmId,
     workspace::{Identity, SyncIdentity},
 };
 use bothy_workspace_agent::identity::sync;
 use std::{os::unix::fs::PermissionsExt, path::Path};
-use support::{
-    HostGuest, assert_untouched, export_repo, fingerprint, framed, git, git_with, import_frames, import_repo,
-    packed, tree_of,
-};
 
 fn repository(dir: &Path) {
     fs_err::create_dir_all(dir).unwrap();
