@@ -334,7 +334,8 @@ impl Drop for Host {
             let _ = self.bothy(["host", "down", "--stop-vms"]);
         }
         drop(self.up.take());
-        for process in self.census().of(&[Kind::Process]) {
+        let left = Census::take(&self.scope()).unwrap_or_default();
+        for process in left.of(&[Kind::Process]) {
             if let Some(pid) = process.what.split(' ').next().and_then(|p| p.parse().ok()) {
                 let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL);
             }

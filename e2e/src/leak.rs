@@ -289,7 +289,7 @@ fn files(scope: &Scope, dir: &Path, found: &mut BTreeSet<Thing>) -> Result<(), C
             put(found, Kind::Socket, path.display().to_string());
         } else if !is_furniture(relative) {
             put(found, Kind::File, path.display().to_string());
-        } else if path.extension().is_some_and(|e| e == "db") {
+        } else if path.extension().is_some_and(|e| e == "db") && !relative.starts_with("bus") {
             rows(&path, found)?;
         }
     }

@@ -11,12 +11,18 @@ fn run(host: &Host, program: &str, args: &[&str]) {
     assert!(child.inner().wait().is_ok_and(|s| s.success()), "{program} {args:?}");
 }
 
+/// A child that was only just forked is not yet what it will be, so it may take a moment to be found.
+#[track_caller]
 fn found(host: &Host, kind: Kind, what: &str) {
-    let leaks = host.leaks();
-    assert!(
-        leaks.iter().any(|t| t.kind == kind && t.what.contains(what)),
-        "{kind:?} {what} not in {leaks:#?}"
-    );
+    let mut leaks = Vec::new();
+    for _ in 0..50 {
+        leaks = host.leaks();
+        if leaks.iter().any(|t| t.kind == kind && t.what.contains(what)) {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    panic!("{kind:?} {what} not in {leaks:#?}");
 }
 
 #[test]
