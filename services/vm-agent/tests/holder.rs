@@ -1,5 +1,5 @@
 //! The real `bothy-vmm` with a real QEMU, paused before its first instruction: all that a holder does but the guest's part.
-#![expect(clippy::indexing_slicing, reason = "tests may panic")]
+#![expect(clippy::unwrap_used, reason = "tests may panic")]
 
 use bothy_contract::{Code, VmId};
 use bothy_testkit::TempDir;
@@ -68,7 +68,16 @@ impl Host {
             "-mon".into(),
             "chardev=qmp,mode=control".into(),
         ]);
-        LaunchSpec { vm, vmm: "qemu-microvm test".into(), dir, argv, uid: UID, gid: UID, groups: vec![] }
+        LaunchSpec {
+            vm,
+            vmm: "qemu-microvm test".into(),
+            dir,
+            argv,
+            tap: None,
+            uid: UID,
+            gid: UID,
+            groups: vec![],
+        }
     }
 
     async fn launch(&self, spec: &LaunchSpec) -> (Holder, HolderHandle) {

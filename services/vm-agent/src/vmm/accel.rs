@@ -87,11 +87,18 @@ pub async fn find(trial: &Trial<'_>) -> Finding {
         return known.finding;
     }
     let finding = match boot(trial).await {
-        Ok(took) => Finding {
+        Ok(Ok(took)) => Finding {
             accel: Accel::Kvm,
             reason: format!("a kernel booted to its first process under KVM in {} ms", took.as_millis()),
         },
-        Err(why) => Finding { accel: Accel::Tcg, reason: format!("{KVM} opens, but {why}") },
+        Ok(Err(why)) => Finding { accel: Accel::Tcg, reason: format!("{KVM} opens, but {why}") },
+        // That says nothing about KVM, so it is not remembered.
+        Err(why) => {
+            return Finding {
+                accel: Accel::Tcg,
+                reason: format!("{KVM} opens, but could not be tried: {why}"),
+            };
+        }
     };
     let remembered = Remembered { qemu: trial.version.to_owned(), host_kernel, finding: finding.clone() };
     if let Err(err) = remember(&trial.memory, &remembered) {
@@ -110,8 +117,12 @@ fn remember(path: &Path, what: &Remembered) -> std::io::Result<()> {
     fs_err::rename(&beside, path)
 }
 
-/// Boots under KVM until the kernel is about to start init; otherwise says what happened instead.
-async fn boot(trial: &Trial<'_>) -> Result<Duration, String> {
+/// Boots under KVM until the kernel is about to start init, or says what happened instead. The outer error is that the
+/// trial itself could not be made.
+async fn boot(trial: &Trial<'_>) -> Result<Result<Duration, String>, String> {
+    for file in [trial.kernel, trial.initrd] {
+        fs_err::File::open(file).map_err(|e| e.to_string())?;
+    }
     let mut argv = qemu::machine(trial.qemu, Accel::Kvm).map_err(|e| e.message)?.into_iter();
     let program = argv.next().unwrap_or_default();
     let mut child = tokio::process::Command::new(&program)
@@ -136,7 +147,7 @@ async fn boot(trial: &Trial<'_>) -> Result<Duration, String> {
     if let Err(err) = child.kill().await {
         tracing::debug!(%err, "ending the trial boot");
     }
-    match booted {
+    Ok(match booted {
         Ok(true) => Ok(took),
         Err(_) => Err(format!("a stock kernel did not boot within {} s under it", DEADLINE.as_secs())),
         Ok(false) => {
@@ -147,7 +158,7 @@ async fn boot(trial: &Trial<'_>) -> Result<Duration, String> {
             let first = said.lines().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing").trim();
             Err(format!("QEMU gave up after {} ms: {first}", took.as_millis()))
         }
-    }
+    })
 }
 
 /// Whether the mark is seen before the console ends.
@@ -208,8 +219,15 @@ mod tests {
         remember(&trial.memory, &Remembered { qemu: "10.0.2".into(), host_kernel, finding: finding.clone() })
             .unwrap();
         assert_eq!(find(&trial).await, finding);
+        // Another QEMU is tried anew; a trial that cannot be made is not remembered, one that failed is.
         let other = find(&Trial { version: "11.0.0", ..trial.clone() }).await;
-        assert!(other.reason.contains("cannot be run"), "{}", other.reason);
-        assert_eq!(recall(&trial.memory).unwrap().qemu, "11.0.0");
+        assert!(other.reason.contains("could not be tried"), "{}", other.reason);
+        assert_eq!(recall(&trial.memory).unwrap().qemu, "10.0.2");
+        let there = Path::new("/dev/null");
+        let failing =
+            Trial { version: "11.0.0", qemu: Path::new("false"), kernel: there, initrd: there, ..trial };
+        let other = find(&failing).await;
+        assert!(other.accel == Accel::Tcg && other.reason.contains("gave up"), "{}", other.reason);
+        assert_eq!(recall(&failing.memory).unwrap().finding, other);
     }
 }

@@ -103,6 +103,9 @@ pub(crate) fn machine(program: &Path, accel: Accel) -> Result<Vec<String>, Error
             accelerator,
             "-M",
             "microvm",
+            // With the machine's other firmware this kernel spins for ever while it sets ACPI up.
+            "-bios",
+            "qboot.rom",
             "-cpu",
             cpu,
             "-nodefaults",
@@ -143,7 +146,7 @@ impl Driver for QemuMicrovm {
     }
 
     fn launch_spec(&self, plan: &VmPlan) -> Result<LaunchSpec, Error> {
-        for (what, word) in [("TAP name", &plan.tap), ("MAC address", &plan.mac), ("VM name", &plan.name)] {
+        for (what, word) in [("MAC address", &plan.mac), ("VM name", &plan.name)] {
             if word.is_empty() || !word.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.:".contains(&b)) {
                 return Err(Error::invalid(format!("{what} `{word}` cannot be put on a command line")));
             }
@@ -165,7 +168,7 @@ impl Driver for QemuMicrovm {
             add(&["-drive", &format!("id={serial},file={},format=raw,if=none{options}", value(path)?)]);
             add(&["-device", &format!("virtio-blk-device,drive={serial},serial={serial}")]);
         }
-        add(&["-netdev", &format!("tap,id=net,ifname={},script=no,downscript=no,vhost=off", plan.tap)]);
+        add(&["-netdev", &format!("tap,id=net,fd={},vhost=off", wire::TAP_FD)]);
         add(&["-device", &format!("virtio-net-device,netdev=net,mac={}", plan.mac)]);
         add(&["-device", "virtio-rng-device"]);
         add(&["-device", "virtio-serial-device,id=serial"]);
@@ -190,6 +193,7 @@ impl Driver for QemuMicrovm {
             vmm: format!("{} {}", self.name(), self.version),
             dir: plan.dir.clone(),
             argv,
+            tap: Some(plan.tap.clone()),
             uid: plan.uid,
             gid: plan.uid,
             groups: plan.groups.clone(),
@@ -252,7 +256,7 @@ mod tests {
     fn nothing_gets_onto_the_command_line_that_could_be_another_option() {
         let driver = QemuMicrovm::new("qemu", "10.0.2");
         for plan in [
-            VmPlan { tap: "tap0,script=/tmp/x".into(), ..plan() },
+            VmPlan { mac: "52:54:00:00:00:02,x=y".into(), ..plan() },
             VmPlan { mac: String::new(), ..plan() },
             VmPlan { name: "a b".into(), ..plan() },
         ] {

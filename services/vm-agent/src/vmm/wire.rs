@@ -22,6 +22,9 @@ pub const VMM_LOG: &str = "vmm.log";
 /// How the VMM ended.
 pub const EXIT_RECORD: &str = "exit.json";
 
+/// Stands in a command line for the number of the TAP's descriptor, which only the holder knows.
+pub const TAP_FD: &str = "@tap-fd@";
+
 /// Longest line on `holder.sock` in either direction, in bytes.
 pub const MAX_LINE: usize = 1 << 20;
 
@@ -37,6 +40,10 @@ pub struct LaunchSpec {
     pub dir: PathBuf,
     /// The VMM's program and arguments. It connects to the sockets in `dir`, on which the holder listens.
     pub argv: Vec<String>,
+    /// The TAP that the VMM gets as an open descriptor, whose number takes the place of [`TAP_FD`] in `argv`. It must be
+    /// owned by `uid`.
+    #[serde(default)]
+    pub tap: Option<String>,
     /// The user that holder and VMM run as.
     pub uid: u32,
     /// Their group.
@@ -188,6 +195,7 @@ mod tests {
             vmm: "x 1".into(),
             dir: "/run/bothy/vm/a".into(),
             argv: vec!["x".into()],
+            tap: None,
             uid: 780_000,
             gid: 780_000,
             groups: vec![],

@@ -1,6 +1,6 @@
 //! Launching a holder: the part that still has the agent's rights, and gives them up.
 
-use crate::os_error;
+use crate::{os_error, tap::Tap};
 use bothy_contract::{Code, Error};
 use bothy_vm_agent::vmm::wire::{self, LaunchSpec, Launched, MAX_LINE};
 use fs_err::os::unix::fs::OpenOptionsExt;
@@ -26,11 +26,20 @@ fn launch() -> Result<Launched, Error> {
         .take(MAX_LINE as u64)
         .read_to_end(&mut text)
         .map_err(os_error("cannot read the launch specification"))?;
-    let spec: LaunchSpec = serde_json::from_slice(&text)
+    let mut spec: LaunchSpec = serde_json::from_slice(&text)
         .map_err(|e| Error::invalid(format!("standard input is not a launch specification: {e}")))?;
     spec.check()?;
+    let tap = spec.tap.is_some().then(Tap::open).transpose()?;
     make_directory(&spec)?;
     become_user(&spec)?;
+    if let (Some(tap), Some(name)) = (tap, &spec.tap) {
+        let number = tap.attach(name)?.to_string();
+        for arg in &mut spec.argv {
+            *arg = arg.replace(wire::TAP_FD, &number);
+        }
+    }
+    let text = serde_json::to_vec(&spec)
+        .map_err(|e| Error::internal("cannot write the launch specification", &e))?;
     start(&spec, &text)
 }
 

@@ -13,6 +13,7 @@ mod launch;
 mod log;
 mod qmp;
 mod serve;
+mod tap;
 
 use bothy_contract::Error;
 use bothy_vm_agent::vmm::wire::Launched;
