@@ -4,6 +4,9 @@
 use std::io::IsTerminal;
 use tracing_subscriber::{EnvFilter, Layer, Registry, fmt};
 
+/// What is logged unless `BOTHY_LOG` says otherwise: the bus client tells at `info` of every connection it makes.
+const DEFAULT: &str = "info,async_nats=warn";
+
 enum Format {
     Human,
     Compact,
@@ -27,9 +30,9 @@ pub(crate) fn layer() -> (Box<dyn Layer<Registry> + Send + Sync>, Option<String>
     let (filter, bad) = match std::env::var("BOTHY_LOG") {
         Ok(text) if !text.is_empty() => match EnvFilter::try_new(&text) {
             Ok(filter) => (filter, None),
-            Err(e) => (EnvFilter::new("info"), Some(format!("{text:?}: {e}"))),
+            Err(e) => (EnvFilter::new(DEFAULT), Some(format!("{text:?}: {e}"))),
         },
-        _ => (EnvFilter::new("info"), None),
+        _ => (EnvFilter::new(DEFAULT), None),
     };
     let lines = fmt::layer().with_writer(std::io::stderr).with_target(true);
     // systemd sets JOURNAL_STREAM where stderr is the journal (systemd.exec(5)), which stamps each line itself.
