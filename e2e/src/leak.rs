@@ -71,7 +71,7 @@ impl fmt::Display for Thing {
 pub struct Census(BTreeSet<Thing>);
 
 /// Tables whose rows are history or memory, not possession.
-const HISTORY: [&str; 5] = ["op", "op_stage", "op_outbox", "reply", "forwarding"];
+const HISTORY: [&str; 6] = ["op", "op_stage", "op_outbox", "reply", "forwarding", "sqlite_sequence"];
 
 impl Census {
     /// Counts everything in `scope`.
