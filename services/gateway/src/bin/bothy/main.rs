@@ -1,8 +1,8 @@
 //! `bothy`, the command line. `cli` is what one can type; each command is a module; `http` speaks with the gateway,
 //! `exec` with guests; all output goes through `printer`.
 //!
-//! Exit status: the command's own for `run` and `vm exec` (126 and 127 as shells do), 125 when bothy itself failed,
-//! 130 when the user cancelled, 2 for what clap does not understand.
+//! Exit status: the command's own for `run` and `vm exec` (126 and 127 as shells do), 125 when bothy itself failed or does
+//! not understand what was typed, 130 when the user cancelled.
 
 mod cli;
 mod dirs;
@@ -50,7 +50,14 @@ impl Status {
 }
 
 fn main() -> ExitCode {
-    let args = cli::Cli::parse();
+    let args = match cli::Cli::try_parse() {
+        Ok(args) => args,
+        Err(said) => {
+            // Help and version come this way, too. A mistyped `bothy run` must not look like the command's own status 2.
+            let _ = said.print();
+            return if said.use_stderr() { ExitCode::from(FAILED) } else { ExitCode::SUCCESS };
+        }
+    };
     let printer = Printer { json: args.json, quiet: args.quiet };
     match start(args, printer) {
         Ok(Status(status)) => ExitCode::from(status),
