@@ -1,7 +1,7 @@
 //! The engine: begins operations, keeps track of those that run, resumes those that a crash cut off.
 
 use crate::{
-    End, Graph, Op, Sink, journal, outbox,
+    End, Graph, Op, Sink, bounds, journal, outbox,
     run::{self, Past, Run},
 };
 use bothy_contract::{
@@ -240,13 +240,23 @@ impl Ops {
         })
     }
 
-    /// The newest operations first.
+    /// The newest operations first: as many as were asked for and fit into one message of the bus.
     ///
     /// # Errors
     /// Those of the database.
     pub async fn list(&self, request: OpList) -> Result<Vec<OpRecord>, Error> {
         let (service, limit) = (self.inner.service, request.limit.min(MAX_LIST));
-        Ok(self.inner.db.read(move |c| journal::records(c, service, None, limit)).await?)
+        let mut found = self.inner.db.read(move |c| journal::records(c, service, None, limit)).await?;
+        let mut room = bounds::MAX_LISTED;
+        let fits = found.iter().take_while(|record| {
+            let size = serde_json::to_vec(record).map_or(0, |json| json.len());
+            let left = room.checked_sub(size);
+            room = left.unwrap_or_default();
+            left.is_some()
+        });
+        let fits = fits.count();
+        found.truncate(fits);
+        Ok(found)
     }
 
     /// Asks an operation to stop and undo itself, and gives its record as it is now. One that has finished stays as it is.

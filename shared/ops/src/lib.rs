@@ -26,6 +26,7 @@
 //!
 //! The journal's tables are the service's own database: put [`SCHEMA`] first among its migrations.
 
+mod bounds;
 mod engine;
 mod graph;
 mod journal;

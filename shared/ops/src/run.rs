@@ -1,7 +1,7 @@
 //! One operation from its first stage to its end.
 
 use crate::{
-    Graph, Op, StageCx, UndoCx,
+    Graph, Op, StageCx, UndoCx, bounds,
     engine::Inner,
     graph::{Undo, Values},
     journal::{self, Ran},
@@ -121,7 +121,7 @@ impl Run {
                 (undos, outcome)
             }
         };
-        let end = match outcome {
+        let end = match outcome.map_err(bounds::error) {
             Ok(result) => End { state: OpState::Succeeded, error: None, leftovers: false, result },
             Err(why) => self.backward(why, &undos, begun).await,
         };
@@ -271,6 +271,7 @@ impl Run {
 
     /// Writes how a stage ended. A success that cannot be written is a failure.
     async fn ran(&self, stage: &Running, outcome: Result<Value, Error>) -> Result<Value, Error> {
+        let outcome = outcome.map_err(bounds::error);
         let ran = Ran {
             stage: stage.cx.stage,
             at_us: self.at_us(),
@@ -328,7 +329,7 @@ impl Run {
                 }
                 Err(e) => {
                     tracing::error!(op = %self.op.id, stage, error = %e, "cannot undo a stage");
-                    left.push(format!("undoing {stage} failed: {}", e.message));
+                    left.push(format!("undoing {stage} failed: {}", bounds::error(e).message));
                 }
             }
         }
@@ -338,7 +339,7 @@ impl Run {
         if leftovers {
             error.message = format!("{}; moreover, {}", error.message, left.join("; "));
         }
-        End { state, error: Some(error), leftovers, result: None }
+        End { state, error: Some(bounds::error(error)), leftovers, result: None }
     }
 
     async fn undo(&self, stage: &str, undo: &Undo) -> Result<(), Error> {
@@ -375,6 +376,7 @@ impl Run {
             let written = self
                 .write(move |tx| {
                     kinds.settle(tx, &op, &mut end)?;
+                    end.result = end.result.and_then(bounds::result);
                     journal::finish(tx, op.id, &end, Timestamp::now(), at, keep)
                 })
                 .await;

@@ -1,5 +1,6 @@
 //! What a stage's `run` and `undo` are given.
 
+use crate::bounds;
 use bothy_contract::{Code, Error, OpId, VmId};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::mpsc;
@@ -59,13 +60,14 @@ impl StageCx {
 
     /// Says in a word how the stage went, for people.
     pub fn note(&self, note: impl Into<String>) {
-        *self.note.lock().unwrap_or_else(PoisonError::into_inner) = Some(note.into());
+        *self.note.lock().unwrap_or_else(PoisonError::into_inner) = Some(bounds::note(note.into()));
     }
 
     /// Says how far the stage has come. May be called often: where the journal is behind, a report is left out.
     pub fn progress(&self, done: u64, total: Option<u64>, note: impl Into<String>) {
         // A full queue means that newer reports will follow.
-        drop(self.progress.try_send(Progress { stage: self.stage, done, total, note: note.into() }));
+        let note = bounds::note(note.into());
+        drop(self.progress.try_send(Progress { stage: self.stage, done, total, note }));
     }
 
     pub(crate) fn take_note(&self) -> Option<String> {
