@@ -106,6 +106,8 @@ pub struct Vm {
     pub uid_base: u32,
     /// How long a guest may take from launch to its agent's first answer, in seconds.
     pub boot_timeout_s: u32,
+    /// How many VMs one user may have, running or not; root may have any number.
+    pub max_per_user: u32,
 }
 
 impl Default for Vm {
@@ -115,6 +117,7 @@ impl Default for Vm {
             accelerator: Accelerator::Auto,
             uid_base: 780_000,
             boot_timeout_s: 120,
+            max_per_user: 32,
         }
     }
 }
