@@ -126,7 +126,8 @@ impl Service {
         let row = Vm { record: new_record(vm, &name, &ask), machine_id: machine_id.clone(), handle: None };
         let input = BootInput { name: name.clone(), spec: ask.spec, machine_id };
         let new = new(CREATE, vm, &name, ask.owner, &cx, &input)?;
-        let begun = self.ops.begin(new, move |tx, _| store::insert(tx, &row)).await?;
+        let most = self.agent.config.vm.max_per_user;
+        let begun = self.ops.begin(new, move |tx, _| store::insert(tx, &row, most)).await?;
         Ok(begun.into())
     }
 

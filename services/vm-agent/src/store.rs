@@ -49,9 +49,22 @@ impl Vm {
     }
 }
 
-/// Reserves the name and makes the row.
-pub(crate) fn insert(tx: &Transaction<'_>, vm: &Vm) -> Result<(), DbError> {
+/// Reserves the name and makes the row. Nobody but root may have more than `most`: the host's addresses, disk and memory
+/// are everybody's.
+pub(crate) fn insert(tx: &Transaction<'_>, vm: &Vm, most: u32) -> Result<(), DbError> {
     let name = &vm.record.name;
+    let owner = vm.record.owner;
+    let have: u32 = tx
+        .prepare_cached("SELECT count(*) FROM vm WHERE data ->> '$.record.owner' = ?1")?
+        .query_row([owner], |r| r.get(0))?;
+    if owner != 0 && have >= most {
+        return Err(Error::new(
+            Code::ResourceExhausted,
+            format!("user {owner} has {have} VMs, which is the most"),
+        )
+        .hint("remove some with `bothy vm delete`; root can raise `vm.max_per_user` in bothy.toml")
+        .into());
+    }
     let inserted = tx.execute(
         "INSERT INTO vm(id, name, data) VALUES (?1, ?2, ?3) ON CONFLICT (name) DO NOTHING",
         params![vm.record.id.to_string(), name.as_str(), serde_json::to_string(vm)?],
@@ -105,14 +118,76 @@ pub(crate) fn update<T>(
     Ok(value)
 }
 
+/// The longest reason, in characters. All records go over the bus in one message, and a guest has a say in reasons.
+const MAX_REASON: usize = 600;
+
 /// Puts a VM into `state`.
 pub(crate) fn set_state(vm: &mut Vm, state: VmState, reason: Option<String>) {
     vm.record.state = state;
-    vm.record.reason = reason;
+    vm.record.reason = reason.map(|text| {
+        // A control character is six bytes of JSON.
+        text.chars().take(MAX_REASON).map(|c| if c.is_control() && c != '\n' { '?' } else { c }).collect()
+    });
 }
 
 /// Removes the row.
 pub(crate) fn remove(tx: &Transaction<'_>, id: VmId) -> Result<(), DbError> {
     tx.execute("DELETE FROM vm WHERE id = ?1", [id.to_string()])?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bothy_contract::{ImageName, vm::Shape};
+    use bothy_db::Db;
+
+    fn vm(name: &str, owner: u32) -> Vm {
+        let record = VmRecord {
+            id: VmId::new(),
+            name: name.parse().unwrap(),
+            owner,
+            state: VmState::Creating,
+            reason: None,
+            image: ImageName::default_image(),
+            shape: Shape::default(),
+            nat: false,
+            lease: None,
+            vmm: None,
+            vmm_pid: None,
+            boot_id: None,
+            last_exit: None,
+            created: jiff::Timestamp::UNIX_EPOCH,
+            started: None,
+        };
+        Vm { record, machine_id: String::new(), handle: None }
+    }
+
+    #[tokio::test]
+    async fn one_user_cannot_have_what_is_everybodys() {
+        let dir = tempfile::tempdir_in("/tmp").unwrap();
+        let db = Db::open(dir.path().join("vm.db"), MIGRATIONS).unwrap();
+        let insert = async |name: &str, owner| -> Result<(), Error> {
+            let vm = vm(name, owner);
+            Ok(db.write(move |tx| super::insert(tx, &vm, 2)).await?)
+        };
+        for (name, owner) in [("a", 1000), ("b", 1000), ("c", 1001)] {
+            insert(name, owner).await.unwrap();
+        }
+        assert_eq!(insert("d", 1000).await.unwrap_err().code, Code::ResourceExhausted);
+        insert("d", 1001).await.unwrap();
+        for name in ["r1", "r2", "r3"] {
+            insert(name, 0).await.unwrap();
+        }
+        assert_eq!(insert("a", 0).await.unwrap_err().code, Code::AlreadyExists);
+    }
+
+    #[test]
+    fn reasons_are_short_and_harmless() {
+        let mut vm = vm("a", 1000);
+        set_state(&mut vm, VmState::Error, Some("\u{1b}[2Jä\n".repeat(1000)));
+        let reason = vm.record.reason.unwrap();
+        assert_eq!(reason.chars().count(), MAX_REASON);
+        assert!(reason.starts_with("?[2Jä\n?"), "{reason}");
+    }
 }

@@ -29,6 +29,9 @@ const CALL: Duration = Duration::from_secs(60);
 const ENTROPY: usize = 64;
 /// How much of the console's end an error shows.
 const LAST_LINES: usize = 15;
+/// How many steps of its boot a guest may tell, and how long their names may be: they are kept and shown.
+const MAX_STEPS: usize = 64;
+const MAX_STEP_NAME: usize = 40;
 const CONSOLE_LIMIT: u64 = 4 << 20;
 
 /// A guest of a living VMM.
@@ -172,12 +175,7 @@ impl Guest {
                 .map_err(|s| fail("timeline", &s))?
                 .into_inner()
                 .steps;
-            let step = |s: bothy_guest_proto::v1::Step| BootStep {
-                name: s.name,
-                started_us: s.started_us,
-                took_us: s.took_us,
-            };
-            Ok((kernel, steps.into_iter().map(step).collect()))
+            Ok((kernel, steps.into_iter().take(MAX_STEPS).map(step).collect()))
         };
         self.alive_within("asking for the boot's times", CALL, work).await
     }
@@ -189,6 +187,12 @@ impl Guest {
         client.shutdown(ShutdownRequest { reboot: false }).await.map_err(|s| fail("shutdown", &s))?;
         Ok(())
     }
+}
+
+/// A step as the guest tells it, with a name that is short and plain.
+fn step(told: bothy_guest_proto::v1::Step) -> BootStep {
+    let name = told.name.chars().filter(char::is_ascii_graphic).take(MAX_STEP_NAME).collect();
+    BootStep { name, started_us: told.started_us, took_us: told.took_us }
 }
 
 fn chain(e: &(dyn std::error::Error + 'static)) -> String {
@@ -223,6 +227,17 @@ fn last_lines(log: &[u8]) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_guest_names_its_steps_shortly_and_plainly() {
+        let told = bothy_guest_proto::v1::Step {
+            name: "\u{1b}[2Jmo unts".repeat(1000),
+            started_us: u64::MAX,
+            took_us: u64::MAX,
+        };
+        let step = step(told);
+        assert!(step.name.starts_with("[2Jmounts[2J") && step.name.len() == MAX_STEP_NAME, "{}", step.name);
+    }
 
     #[test]
     fn the_last_lines_are_few_in_order_and_harmless() {
