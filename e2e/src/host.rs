@@ -187,7 +187,16 @@ impl Host {
     #[track_caller]
     pub fn create(&self, name: &str) -> serde_json::Value {
         self.bothy(["vm", "create", "--name", name, "--json"]).json();
-        self.bothy(["vm", "show", name, "--json"]).json()
+        self.show(name)
+    }
+
+    /// The record of VM `name`.
+    #[track_caller]
+    pub fn show(&self, name: &str) -> serde_json::Value {
+        match self.bothy(["vm", "show", name, "--json"]).json() {
+            serde_json::Value::Array(mut one) if one.len() == 1 => one.remove(0),
+            record => record,
+        }
     }
 
     /// Runs a shell line in VM `name`.
@@ -195,9 +204,10 @@ impl Host {
         self.bothy(["vm", "exec", name, "--", "sh", "-c", line])
     }
 
-    /// Runs a bash line inside the host's namespace, as a process of the host.
+    /// Runs a bash line inside the host's namespace, as a process of the host; `bothy` in it reaches this host.
     pub fn run_bash(&self, line: &str) -> Ran {
         let mut command = Command::new("bash");
+        command.env("BOTHY_CONFIG", self.config.state_dir.join("bothy.toml"));
         command.args(["-c", line]).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let child = self.netns.spawn(&mut command).expect("bash");
         Ran::new(child.wait_with_output().expect("its output"))
@@ -260,7 +270,7 @@ impl Host {
         self.census()
             .since(&self.fresh)
             .into_iter()
-            .filter(|t| !(t.kind == Kind::Tap && t.what.ends_with("(free)")))
+            .filter(|t| !t.what.ends_with("(free)"))
             .filter(|t| !(t.kind == Kind::Process && services.iter().any(|s| t.what.contains(s))))
             .collect()
     }

@@ -81,8 +81,8 @@ impl Census {
     pub fn take(scope: &Scope) -> Result<Self, CensusError> {
         let mut found = BTreeSet::new();
         processes(scope, &mut found)?;
-        links(scope, &mut found)?;
-        nftables(scope, &mut found)?;
+        let free = links(scope, &mut found)?;
+        nftables(scope, &free, &mut found)?;
         mounts(scope, &mut found)?;
         loop_devices(scope, &mut found)?;
         for dir in [&scope.state_dir, &scope.run_dir] {
@@ -177,7 +177,9 @@ fn tool(scope: &Scope, argv: &[&str]) -> Result<serde_json::Value, CensusError> 
     Ok(serde_json::from_slice(&output.stdout)?)
 }
 
-fn links(scope: &Scope, found: &mut BTreeSet<Thing>) -> Result<(), CensusError> {
+/// Returns the names of the TAPs that are warm and free, as JSON has them.
+fn links(scope: &Scope, found: &mut BTreeSet<Thing>) -> Result<BTreeSet<String>, CensusError> {
+    let mut free = BTreeSet::new();
     let leased = leased_taps(scope)?;
     let links = tool(scope, &["ip", "-j", "-d", "link"])?;
     for link in links.as_array().into_iter().flatten() {
@@ -187,12 +189,13 @@ fn links(scope: &Scope, found: &mut BTreeSet<Thing>) -> Result<(), CensusError> 
             Some("tun") if name.starts_with(&scope.tap_prefix) && !leased.contains(name) => {
                 // Warm and free: capacity. It shows as a leak only once the pool itself should be gone.
                 put(found, Kind::Tap, format!("{name} (free)"));
+                free.insert(format!("\"{name}\""));
             }
             Some("tun") => put(found, Kind::Tap, name),
             kind => put(found, Kind::Link, format!("{name} ({})", kind.unwrap_or("device"))),
         }
     }
-    Ok(())
+    Ok(free)
 }
 
 /// The TAPs that the lease table names.
@@ -208,7 +211,7 @@ fn leased_taps(scope: &Scope) -> Result<BTreeSet<String>, CensusError> {
     slots.map(|slot| slot.map(|n| format!("{}{n}", scope.tap_prefix)).map_err(wrap)).collect()
 }
 
-fn nftables(scope: &Scope, found: &mut BTreeSet<Thing>) -> Result<(), CensusError> {
+fn nftables(scope: &Scope, free: &BTreeSet<String>, found: &mut BTreeSet<Thing>) -> Result<(), CensusError> {
     let ruleset = tool(scope, &["nft", "-j", "list", "ruleset"])?;
     for object in ruleset["nftables"].as_array().into_iter().flatten().filter_map(|o| o.as_object()) {
         for (kind, value) in object.iter().filter(|(kind, _)| *kind != "metainfo") {
@@ -218,7 +221,10 @@ fn nftables(scope: &Scope, found: &mut BTreeSet<Thing>) -> Result<(), CensusErro
             }
             if let Some(elements) = value["elem"].as_array().cloned() {
                 for element in elements {
-                    put(found, Kind::Nftables, format!("element of {}: {element}", value["name"]));
+                    let text = element.to_string();
+                    // What a warm slot may send is part of the slot.
+                    let of_free_slot = if free.iter().any(|tap| text.contains(tap)) { " (free)" } else { "" };
+                    put(found, Kind::Nftables, format!("element of {}: {text}{of_free_slot}", value["name"]));
                 }
                 value["elem"] = serde_json::Value::Null;
             }

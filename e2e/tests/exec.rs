@@ -51,9 +51,14 @@ fn exec_carries_statuses_and_streams_exactly() {
     assert!(long.stdout.lines().enumerate().all(|(n, line)| line == (n + 1).to_string()));
 
     // A terminal: what the command sees, and `\r\n` as a terminal makes it.
-    let tty =
-        host.bothy(["vm", "exec", "-t", "exec", "--", "sh", "-c", "test -t 0 && test -t 1 && echo yes"]);
-    assert_eq!(tty.ok().stdout, "yes\r\n");
+    let refused = host.bothy(["vm", "exec", "-t", "exec", "--", "true"]);
+    assert_eq!(refused.status, 125, "a terminal is not made up where there is none: {refused:?}");
+    let bothy = bothy_testkit::binary("bothy");
+    let inside = "test -t 0 && test -t 1 && tty && exit 9";
+    let line = format!("script -qefc \"{} vm exec -t exec -- sh -c '{inside}'\" /dev/null", bothy.display());
+    let tty = host.run_bash(&line);
+    assert_eq!(tty.status, 9, "{tty:?}");
+    assert!(tty.stdout.contains("/dev/pts/") && tty.stdout.contains("\r\n"), "{tty:?}");
 
     // A command whose client is gone is ended.
     let mut command = host.command("bothy");

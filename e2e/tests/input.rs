@@ -51,7 +51,7 @@ fn a_host_that_is_not_there_or_there_already_is_said() {
     let host = Host::start_bare(&[], |_| {});
     let second = host.bothy(["host", "up", "--state", host.config.state_dir.to_str().unwrap()]);
     assert_eq!(second.status, 125, "{second:?}");
-    assert!(second.stderr.contains("already"), "{}", second.stderr);
+    assert!(second.stderr.contains("belongs to a running"), "{}", second.stderr);
     host.bothy(["host", "status"]).ok();
 
     // No image: said, with the command that makes one.
@@ -68,11 +68,11 @@ fn a_host_that_is_not_there_or_there_already_is_said() {
 #[test]
 fn a_full_disk_fails_the_create_and_leaves_nothing() {
     require_root!();
-    // The disks of VMs go to a file system of 4 MiB.
+    // The disks of VMs go to a file system that is too small for the seeds.
     let host = Host::start_with(&[], |config| {
         let disks = config.service_dir(bothy_contract::Service::Image).join("disks");
         fs_err::create_dir_all(&disks).unwrap();
-        let options = Some("size=1m");
+        let options = Some("size=64k");
         nix::mount::mount(Some("none"), &disks, Some("tmpfs"), nix::mount::MsFlags::empty(), options)
             .unwrap();
     });

@@ -31,7 +31,7 @@ fn a_vm_lives_through_create_exec_stop_start_delete() {
     // A write that a command has finished is there after a stop, on both disks.
     host.sh("web-1", "echo kept > /root/kept; echo kept > /etc/kept").ok();
     host.bothy(["vm", "stop", "web-1"]).ok();
-    let stopped = host.bothy(["vm", "show", "web-1", "--json"]).json();
+    let stopped = host.show("web-1");
     assert_eq!(stopped["state"], "stopped", "{stopped:#}");
     let refused = host.sh("web-1", "true");
     assert_eq!(refused.status, 125);
@@ -51,7 +51,7 @@ fn a_vm_lives_through_create_exec_stop_start_delete() {
 
     let refused = host.bothy(["vm", "delete", "web-1"]);
     assert_ne!(refused.status, 0, "a running VM is not deleted without --force");
-    assert_eq!(host.bothy(["vm", "show", "web-1", "--json"]).json()["state"], "running");
+    assert_eq!(host.show("web-1")["state"], "running");
     host.bothy(["vm", "delete", "web-1", "--force"]).ok();
     assert_eq!(host.bothy(["vm", "list", "--json"]).json().as_array().unwrap().len(), 0);
     host.finish();
@@ -65,7 +65,7 @@ fn a_power_off_from_inside_ends_in_stopped() {
     let _ = host.sh("short", "poweroff");
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
     loop {
-        let vm = host.bothy(["vm", "show", "short", "--json"]).json();
+        let vm = host.show("short");
         if vm["state"] == "stopped" {
             assert_eq!(vm["last_exit"]["status"], 0, "{vm:#}");
             break;

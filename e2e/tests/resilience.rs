@@ -36,7 +36,7 @@ fn a_vm_outlives_its_agents_and_its_end_is_known() {
         let now = eventually(&host, "exec works again", || boot(&host));
         assert_eq!(now, first, "after {service:?} was killed");
     }
-    let shown = host.bothy(["vm", "show", "sturdy", "--json"]).json();
+    let shown = host.show("sturdy");
     assert_eq!(shown["state"], "running");
     assert_eq!(shown["vmm_pid"], vm["vmm_pid"]);
 
@@ -70,7 +70,7 @@ fn a_holder_that_dies_takes_its_vmm_with_it() {
     kill(Pid::from_raw(holder), Signal::SIGKILL).unwrap();
     eventually(&host, "the VMM goes with its holder", || kill(vmm, None).is_err().then_some(()));
     let vm = eventually(&host, "the agent noticed", || {
-        let vm = host.bothy(["vm", "show", "held", "--json"]).json();
+        let vm = host.show("held");
         (vm["state"] != "running").then_some(vm)
     });
     assert!(vm["reason"].as_str().is_some_and(|r| r.contains("holder")), "says why: {vm:#}");
