@@ -391,3 +391,38 @@ async fn a_channel_is_raw_bytes_both_ways() {
     writer.await.unwrap();
     assert!(got == expected, "{} of {} bytes", got.len(), expected.len());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_who_opens_connections_without_end_harms_only_themselves() {
+    bothy_testkit::require_root!();
+    let host = host().await;
+    // Held by a process of that user, each with half a request on it.
+    let flood = "use Socket; my @s; for (1..400) { socket(my $s, AF_UNIX, SOCK_STREAM, 0) or die; \
+                 connect($s, pack_sockaddr_un($ARGV[0])) or die; syswrite($s, 'GET /v1/ver'); push @s, $s } \
+                 $| = 1; print qq(open\\n); <STDIN>";
+    let mut flood = Command::new("perl")
+        .args(["-e", flood])
+        .arg(&host.socket)
+        .uid(ALICE)
+        .gid(ALICE)
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = [0; 5];
+    std::io::Read::read_exact(flood.stdout.as_mut().unwrap(), &mut line).unwrap();
+    assert_eq!(&line, b"open\n");
+    let refused = host.run(ALICE, &["vm", "list"]);
+    assert!(!refused.status.success());
+    assert!(host.run(BOB, &["vm", "list"]).status.success());
+    assert!(host.run(0, &["vm", "list"]).status.success());
+    drop(flood.stdin.take());
+    assert!(flood.wait().unwrap().success());
+    for _ in 0..500 {
+        if host.run(ALICE, &["vm", "list"]).status.success() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("the places were not given back");
+}

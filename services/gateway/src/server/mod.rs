@@ -4,11 +4,13 @@
 //! # Who may do what
 //! A caller sees and touches the VMs and operations of their own uid, as the kernel tells it (SO_PEERCRED, unix(7));
 //! root sees all. What belongs to somebody else is "not found", so that nobody learns of it. The API answers every
-//! local user: what they can use up is bounded by the owner check and by what services allow one user.
+//! local user: what they can use up is bounded by the number of their connections ([`listener`]) and by what services
+//! allow one user.
 
 mod error;
 mod host;
 mod images;
+mod listener;
 mod ops;
 pub mod peer;
 mod streams;
@@ -98,6 +100,7 @@ impl Gateway {
         listener: UnixListener,
         stop: impl Future<Output = ()> + Send + 'static,
     ) -> std::io::Result<()> {
+        let listener = listener::PerUser::new(listener);
         axum::serve(listener, self.router().into_make_service_with_connect_info::<Peer>())
             .with_graceful_shutdown(stop)
             .await

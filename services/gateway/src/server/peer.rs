@@ -7,9 +7,9 @@ use axum::{
     serve::IncomingStream,
 };
 use bothy_contract::Error;
-use tokio::net::UnixListener;
+use tokio::net::UnixStream;
 
-use super::ApiError;
+use super::{ApiError, listener::PerUser};
 
 /// The user at the other end of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,6 +22,11 @@ pub struct Peer {
 const UNKNOWN: u32 = u32::MAX;
 
 impl Peer {
+    /// Who is at the other end of `stream`.
+    pub(super) fn of(stream: &UnixStream) -> Self {
+        Peer { uid: stream.peer_cred().map_or(UNKNOWN, |cred| cred.uid()) }
+    }
+
     /// Whether they may see and touch what belongs to `owner`.
     pub fn owns(&self, owner: u32) -> bool {
         self.uid == 0 || (self.uid == owner && self.uid != UNKNOWN)
@@ -40,9 +45,9 @@ impl Peer {
     }
 }
 
-impl Connected<IncomingStream<'_, UnixListener>> for Peer {
-    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
-        Peer { uid: stream.io().peer_cred().map_or(UNKNOWN, |cred| cred.uid()) }
+impl Connected<IncomingStream<'_, PerUser>> for Peer {
+    fn connect_info(stream: IncomingStream<'_, PerUser>) -> Self {
+        stream.io().peer()
     }
 }
 
