@@ -1,7 +1,7 @@
 //! Which `host up` a state directory belongs to: a lock that the kernel drops with its holder, and a record of who that is.
 
 use bothy_contract::{Code, Error};
-use fs_err as fs;
+use fs_err::{self as fs, os::unix::fs::OpenOptionsExt};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fd::OwnedFd,
@@ -10,6 +10,7 @@ use rustix::{
 use serde::{Deserialize, Serialize};
 use std::{
     io::{Read, Seek, Write},
+    os::unix::fs::PermissionsExt,
     path::Path,
     time::Duration,
 };
@@ -30,13 +31,18 @@ pub(super) struct Owner {
 pub(super) struct Lock(#[expect(dead_code, reason = "holding it is its use")] fs::File);
 
 fn open(state: &Path) -> Result<fs::File, Error> {
-    fs::OpenOptions::new()
+    let failed = |e: std::io::Error| Error::internal("cannot open the lock of the state directory", &e);
+    let file = fs::OpenOptions::new()
         .read(true)
         .write(true)
         .create(true)
         .truncate(false)
+        .mode(0o600)
         .open(state.join(FILE))
-        .map_err(|e| Error::internal("cannot open the lock of the state directory", &e))
+        .map_err(failed)?;
+    // Whoever may read a file may lock it (flock(2)), and so keep everybody else from it.
+    file.set_permissions(std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    Ok(file)
 }
 
 /// Takes the directory for this process.
@@ -70,8 +76,13 @@ pub(super) fn find(state: &Path) -> Result<Option<Owner>, Error> {
     if !state.join(FILE).exists() {
         return Ok(None);
     }
-    let mut file = fs::File::open(state.join(FILE))
-        .map_err(|e| Error::internal("cannot open the lock of the state directory", &e))?;
+    let mut file = fs::File::open(state.join(FILE)).map_err(|e| match e.kind() {
+        std::io::ErrorKind::PermissionDenied => {
+            Error::new(Code::PermissionDenied, format!("cannot tell whose {} is: {e}", state.display()))
+                .hint("do it as root")
+        }
+        _ => Error::internal("cannot open the lock of the state directory", &e),
+    })?;
     // A shared lock is refused exactly while a `host up` lives. It is dropped at once.
     if file.file().try_lock_shared().is_ok() {
         return Ok(None);
@@ -147,7 +158,11 @@ mod tests {
     fn a_directory_has_one_owner_at_a_time_and_says_who() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(find(dir.path()).unwrap(), None);
+        fs::write(dir.path().join(FILE), "").unwrap();
+        fs::set_permissions(dir.path().join(FILE), std::fs::Permissions::from_mode(0o644)).unwrap();
         let lock = take(dir.path()).unwrap();
+        let mode = fs::metadata(dir.path().join(FILE)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "only its owner may lock it");
         let owner = find(dir.path()).unwrap().unwrap();
         assert_eq!(owner.pid, std::process::id());
         assert!(owner.handle().is_ok());

@@ -11,7 +11,10 @@ use bothy_gateway::api::HostReport;
 use fs_err as fs;
 use std::{
     net::{Ipv4Addr, TcpListener},
-    os::unix::{fs::PermissionsExt, net::UnixStream},
+    os::unix::{
+        fs::{MetadataExt, PermissionsExt},
+        net::UnixStream,
+    },
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -55,7 +58,27 @@ fn make_dir(dir: &Path) -> Result<PathBuf, Error> {
         // VMMs, each a user of its own, must get through to what is made for them.
         fs::set_permissions(dir, std::fs::Permissions::from_mode(0o755)).map_err(failed)?;
     }
-    fs::canonicalize(dir).map_err(failed)
+    let dir = fs::canonicalize(dir).map_err(failed)?;
+    let meta = fs::metadata(&dir).map_err(failed)?;
+    ours(&dir, meta.uid(), meta.permissions().mode())?;
+    Ok(dir)
+}
+
+/// Refuses a directory in which somebody else can put things: what is in it is believed, and programs that it names are
+/// run as root.
+fn ours(dir: &Path, uid: u32, mode: u32) -> Result<(), Error> {
+    if uid == nix::unistd::geteuid().as_raw() && mode & 0o022 == 0 {
+        return Ok(());
+    }
+    Err(Error::new(
+        Code::FailedPrecondition,
+        format!(
+            "others than root may write to {}: its owner is {uid}, its mode {:o}",
+            dir.display(),
+            mode & 0o7777
+        ),
+    )
+    .hint("name a directory that is not there yet, or one of root's own"))
 }
 
 /// The configuration in the state directory, written first where it is not there.
@@ -214,7 +237,10 @@ async fn run(printer: Printer, path: &Path, config: &Config) -> Result<Status, E
         )?);
     }
     make_dir(&config.run_dir)?;
-    make_dir(&config.state_dir.join("log"))?;
+    let logs = make_dir(&config.state_dir.join("log"))?;
+    // They name everybody's machines, and repeat what guests say.
+    fs::set_permissions(&logs, std::fs::Permissions::from_mode(0o700))
+        .map_err(|e| Error::internal("cannot make the directory of logs private", &e))?;
     bothy_bus::setup(config)?;
 
     let failed = |e: std::io::Error| Error::internal("cannot watch for signals", &e);
@@ -337,5 +363,26 @@ async fn wait_until_ready(gateway: &Gateway, running: &[Supervised]) -> Result<(
             ));
         }
         sleep(Duration::from_millis(30)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_that_others_can_write_to_is_refused() {
+        let me = nix::unistd::geteuid().as_raw();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state");
+        assert_eq!(make_dir(&path).unwrap(), path);
+        for mode in [0o777, 0o1777, 0o775] {
+            fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+            let refused = make_dir(&path).unwrap_err();
+            assert!(refused.message.contains("may write to"), "{mode:o}: {refused}");
+        }
+        for (uid, mode, good) in [(me, 0o40711, true), (me, 0o40700, true), (me + 1, 0o40700, false)] {
+            assert_eq!(ours(&path, uid, mode).is_ok(), good, "{uid} {mode:o}");
+        }
     }
 }
