@@ -179,7 +179,7 @@ mod tests {
                 assert_eq!(row.record.state, to, "{what}");
                 assert_eq!(
                     row.record.reason.is_some(),
-                    !(to == Running && state == Succeeded || kind == STOP && state == Succeeded),
+                    state != Succeeded || (to != Running && kind != STOP),
                     "{what}"
                 );
             }
