@@ -12,7 +12,7 @@ use std::{
 };
 
 /// Programs, or files where there is no program, with the package they are in.
-const NEEDED: [(&str, &str); 9] = [
+const NEEDED: [(&str, &str); 10] = [
     ("mmdebstrap", "mmdebstrap"),
     ("mkfs.ext4", "e2fsprogs"),
     ("dpkg-deb", "dpkg"),
@@ -20,6 +20,7 @@ const NEEDED: [(&str, &str); 9] = [
     ("ssh", "openssh-client"),
     ("ssh-keygen", "openssh-client"),
     ("cc", "gcc"),
+    ("systemd-analyze", "systemd"),
     ("/usr/share/keyrings/debian-archive-keyring.gpg", "debian-archive-keyring"),
     ("libnftables.so.1", "libnftables1"),
 ];
