@@ -12,6 +12,7 @@ mod host;
 mod http;
 mod image;
 mod op;
+mod plain;
 mod printer;
 mod progress;
 mod run;

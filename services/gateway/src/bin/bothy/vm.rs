@@ -2,6 +2,7 @@
 
 use crate::{
     Context, Status, cli, exec,
+    plain::Plain,
     printer::{duration, facts, table, word},
     progress, ssh,
 };
@@ -14,6 +15,7 @@ use bothy_gateway::api::{self, StartBody, StopBody};
 use http::Method;
 use http_body_util::BodyExt;
 use serde_json::json;
+use std::io::IsTerminal;
 use tokio::io::AsyncWriteExt;
 
 pub(crate) async fn main(context: &Context, command: cli::Vm) -> Result<Status, Error> {
@@ -206,9 +208,13 @@ async fn logs(context: &Context, vm: &str, source: LogSource, follow: bool) -> R
     let rest = format!("/logs?source={}&follow={follow}", word(&source));
     let mut body = context.gateway.stream(&path(&vm.id.to_string(), &rest)).await?;
     let mut out = tokio::io::stdout();
+    // A file or a pipe gets it as it is.
+    let mut plain = std::io::stdout().is_terminal().then(Plain::default);
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|e| Error::internal("the log broke off", &e))?;
         let Some(data) = frame.data_ref() else { continue };
+        let filtered = plain.as_mut().map(|plain| plain.filter(data));
+        let data = filtered.as_deref().unwrap_or(data);
         let done = async {
             out.write_all(data).await?;
             out.flush().await

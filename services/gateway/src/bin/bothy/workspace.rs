@@ -4,6 +4,7 @@
 use crate::{
     Context, Status, cli,
     http::Body,
+    plain::Plain,
     printer::{size, visible},
     vm,
 };
@@ -19,7 +20,7 @@ use futures::StreamExt;
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
 use std::{
-    io::{self, Seek, Write},
+    io::{self, IsTerminal, Seek, Write},
     path::{Path, PathBuf},
 };
 use tempfile::NamedTempFile;
@@ -222,10 +223,30 @@ impl Export {
     fn print(mut self) -> Result<(), Error> {
         let failed = |e: io::Error| Error::internal("cannot print the patch", &e);
         self.file.as_file_mut().rewind().map_err(failed)?;
-        match io::copy(self.file.as_file_mut(), &mut io::stdout().lock()) {
+        let mut out = io::stdout().lock();
+        // A file or a pipe gets it as it is.
+        let printed = if out.is_terminal() {
+            io::copy(self.file.as_file_mut(), &mut PlainWriter(&mut out, Plain::default())).map(drop)
+        } else {
+            io::copy(self.file.as_file_mut(), &mut out).map(drop)
+        };
+        match printed {
             Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(failed(e)),
             _ => Ok(()),
         }
+    }
+}
+
+/// Writes what is harmless to a terminal.
+struct PlainWriter<W>(W, Plain);
+
+impl<W: Write> Write for PlainWriter<W> {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        self.0.write_all(&self.1.filter(data)).map(|()| data.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
     }
 }
 
