@@ -50,7 +50,7 @@ fn bad_input_is_refused_before_anything_is_asked() {
     for args in
         [["vm", "create", "--name", "Web"], ["vm", "create", "--memory", "1.5G"], ["vm", "proxy", "web", "0"]]
     {
-        assert!(bothy(&args).starts_with("2\n"), "{args:?}");
+        assert!(bothy(&args).starts_with("125\n"), "{args:?}");
     }
 }
 
