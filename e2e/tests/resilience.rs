@@ -47,7 +47,8 @@ fn a_vm_outlives_its_agents_and_its_end_is_known() {
     kill(Pid::from_raw(vmm), Signal::SIGKILL).unwrap();
     let ended = eventually(&host, "the end is known", || {
         let ran = host.bothy(["vm", "show", "sturdy", "--json"]);
-        let vm: serde_json::Value = serde_json::from_str(&ran.stdout).ok()?;
+        (ran.status == 0).then_some(())?;
+        let vm = host.show("sturdy");
         (vm["state"] != "running").then_some(vm)
     });
     assert_eq!(ended["last_exit"]["signal"], 9, "{ended:#}");

@@ -31,16 +31,19 @@ const STAGES: [&str; 9] = [
     "wait_services",
 ];
 
-/// The trace that the CLI's create began, once every process has sent its part of it.
-fn complete_trace(receiver: &Receiver) -> Option<Vec<Span>> {
+/// The spans of the create's trace so far.
+fn trace_of_create(receiver: &Receiver) -> Vec<Span> {
     let spans = receiver.spans();
-    let root =
-        spans.iter().find(|s| s.service == "bothy" && s.parent.is_empty() && s.name.contains("create"))?;
-    let trace: Vec<Span> = spans.iter().filter(|s| s.trace == root.trace).cloned().collect();
-    let services: BTreeSet<&str> = trace.iter().map(|s| s.service.as_str()).collect();
-    let whole = PROCESSES.iter().all(|p| services.contains(p));
-    let stages = STAGES.iter().all(|stage| trace.iter().any(|s| s.name == format!("stage.{stage}")));
-    (whole && stages).then_some(trace)
+    let Some(create) = spans.iter().find(|s| s.name == "op.vm.create") else { return Vec::new() };
+    spans.iter().filter(|s| s.trace == create.trace).cloned().collect()
+}
+
+/// What `trace` lacks: each process sends its part when its batch is full or its time is over.
+fn missing(trace: &[Span]) -> Vec<String> {
+    let processes =
+        PROCESSES.iter().filter(|p| !trace.iter().any(|s| s.service == **p)).map(|p| (*p).to_owned());
+    let stages = STAGES.iter().map(|stage| format!("stage.{stage}"));
+    processes.chain(stages.filter(|name| !trace.iter().any(|s| s.name == *name))).collect()
 }
 
 #[test]
@@ -54,11 +57,17 @@ fn a_create_is_one_trace_over_all_processes_and_the_guest() {
 
     let deadline = Instant::now() + Duration::from_secs(60);
     let trace = loop {
-        if let Some(trace) = complete_trace(&receiver) {
+        let trace = trace_of_create(&receiver);
+        if missing(&trace).is_empty() {
             break trace;
         }
-        let seen: BTreeSet<_> = receiver.spans().into_iter().map(|s| (s.service, s.name)).collect();
-        assert!(Instant::now() < deadline, "the trace is not complete: {seen:#?}\n{}", host.logs());
+        let names: BTreeSet<_> = trace.iter().map(|s| format!("{} {}", s.service, s.name)).collect();
+        assert!(
+            Instant::now() < deadline,
+            "{:?} not in the trace: {names:#?}\n{}",
+            missing(&trace),
+            host.logs()
+        );
         std::thread::sleep(Duration::from_millis(200));
     };
 
@@ -66,6 +75,7 @@ fn a_create_is_one_trace_over_all_processes_and_the_guest() {
     let by_id: BTreeMap<_, _> = trace.iter().map(|s| (s.id.clone(), s)).collect();
     let roots: Vec<_> = trace.iter().filter(|s| s.parent.is_empty()).collect();
     assert_eq!(roots.len(), 1, "{roots:#?}");
+    assert_eq!(roots[0].service, "bothy", "it begins where the user typed");
     for span in trace.iter().filter(|s| !s.parent.is_empty()) {
         assert!(by_id.contains_key(&span.parent), "an orphan: {span:#?}");
         assert!(span.start <= span.end, "{span:#?}");
