@@ -10,7 +10,10 @@ use nix::{
 };
 use std::{
     io::{Read, Write},
-    os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt},
+    os::unix::{
+        fs::{DirBuilderExt, FileTypeExt, PermissionsExt},
+        process::CommandExt,
+    },
     path::Path,
     process::{Command, Stdio},
 };
@@ -118,6 +121,7 @@ fn start(spec: &LaunchSpec, text: &[u8]) -> Result<Launched, Error> {
         .map_err(os_error("cannot open the VMM's log"))?;
     let path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/local/bin:/usr/bin:/bin".into());
     let mut hold = Command::new("/proc/self/exe")
+        .arg0("bothy-vmm")
         .arg("hold")
         .env_clear()
         .env("PATH", path)
