@@ -1,6 +1,9 @@
 //! The leak check itself: one planted leak of each kind must be found. A check that finds nothing proves nothing.
 
-use bothy_e2e::{host::Host, leak::Kind};
+use bothy_e2e::{
+    host::Host,
+    leak::{Kind, Thing},
+};
 use bothy_testkit::{ChildGuard, require_root};
 use std::process::Command;
 
@@ -14,15 +17,12 @@ fn run(host: &Host, program: &str, args: &[&str]) {
 /// A child that was only just forked is not yet what it will be, so it may take a moment to be found.
 #[track_caller]
 fn found(host: &Host, kind: Kind, what: &str) {
-    let mut leaks = Vec::new();
-    for _ in 0..50 {
-        leaks = host.leaks();
-        if leaks.iter().any(|t| t.kind == kind && t.what.contains(what)) {
-            return;
-        }
+    let is_it = |t: &Thing| t.kind == kind && t.what.contains(what);
+    let seen = (0..50).any(|_| {
         std::thread::sleep(std::time::Duration::from_millis(20));
-    }
-    panic!("{kind:?} {what} not in {leaks:#?}");
+        host.leaks().iter().any(is_it)
+    });
+    assert!(seen, "{kind:?} {what} not in {:#?}", host.leaks());
 }
 
 #[test]
