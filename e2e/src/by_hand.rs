@@ -44,10 +44,20 @@ impl Recipe {
     pub fn of(vm: &serde_json::Value, holder_dir: &Path) -> io::Result<Self> {
         let raw = fs_err::read(format!("/proc/{}/cmdline", vm["vmm_pid"]))?;
         let argv = raw.split(|b| *b == 0).filter(|a| !a.is_empty());
+        let argv = argv.map(|a| String::from_utf8_lossy(a).into_owned());
         let text =
             |pointer: &str| vm.pointer(pointer).and_then(|v| v.as_str()).unwrap_or_default().to_owned();
         Ok(Self {
-            argv: argv.map(|a| String::from_utf8_lossy(a).into_owned()).collect(),
+            // bothy hands QEMU the TAP as an open descriptor; by hand it opens the same one by name.
+            argv: argv
+                .map(|a| {
+                    if a.starts_with("tap,") {
+                        format!("tap,id=net,ifname={},script=no,downscript=no,vhost=off", text("/lease/tap"))
+                    } else {
+                        a
+                    }
+                })
+                .collect(),
             sockets: holder_dir.to_owned(),
             personality: v1::PersonaliseRequest {
                 hostname: "by-hand".into(),
