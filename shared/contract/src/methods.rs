@@ -17,7 +17,7 @@ use crate::{
         CreateVm, DeleteVm, GetVmHost, ListVms, OpenChannel, OpenLog, StartVm, StopVm, Ticket, VmHost,
         VmList, VmRecord, VmRef,
     },
-    workspace::{OpenExport, OpenImport, SyncIdentity},
+    workspace::{GetWorkspaceHost, OpenExport, OpenImport, SyncIdentity, WorkspaceHost},
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::time::Duration;
@@ -209,6 +209,8 @@ methods! {
     WorkspaceImportOpen = Workspace.import.open(OpenImport) -> Ticket, reads, by [Gateway], within 10 s;
     /// Opens a stream of a guest's changes.
     WorkspaceExportOpen = Workspace.export.open(OpenExport) -> Ticket, reads, by [Gateway], within 10 s;
+    /// How the workspace-agent stands.
+    WorkspaceHostShow = Workspace.host.show(GetWorkspaceHost) -> WorkspaceHost, reads, by [Gateway], within 5 s;
 }
 
 #[cfg(test)]

@@ -75,3 +75,14 @@ pub struct ExportReport {
     /// Commits made in the guest since the import.
     pub commits: u64,
 }
+
+/// Asks how the workspace-agent stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GetWorkspaceHost {}
+
+/// How the workspace-agent stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkspaceHost {
+    /// VMs that an import or an export is at work on.
+    pub busy: u32,
+}
