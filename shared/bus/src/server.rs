@@ -289,6 +289,9 @@ impl Worker {
                 let level_is_error = e.code == Code::Internal;
                 if level_is_error {
                     tracing::error!(code = %e.code, "{} failed: {e}", route.name);
+                } else if e.code == Code::NotFound && !route.info.mutating {
+                    // A question that was answered: the gateway asks each service whose an operation is.
+                    tracing::debug!(code = %e.code, "{}: {e}", route.name);
                 } else {
                     tracing::info!(code = %e.code, "{} refused: {e}", route.name);
                 }
