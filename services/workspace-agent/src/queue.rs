@@ -38,6 +38,13 @@ impl Queues {
         }
         Ok(turn.lock_owned().await)
     }
+
+    /// How many VMs have a job that runs or waits.
+    pub fn busy(&self) -> u32 {
+        let turns = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let busy = turns.values().filter(|turn| turn.strong_count() > 0).count();
+        u32::try_from(busy).unwrap_or(u32::MAX)
+    }
 }
 
 #[cfg(test)]
@@ -55,10 +62,12 @@ mod tests {
             assert!(turn.as_mut().now_or_never().is_none());
         }
         assert_eq!(queues.turn(vm).await.unwrap_err().code, Code::ResourceExhausted);
+        assert_eq!(queues.busy(), 1);
         drop(first);
         let second = waiting.remove(0).now_or_never().unwrap().unwrap();
         assert!(waiting[0].as_mut().now_or_never().is_none());
         drop((second, waiting));
+        assert_eq!(queues.busy(), 0);
         assert!(queues.turn(vm).now_or_never().is_some());
         assert_eq!(queues.0.lock().unwrap().len(), 1, "queues of VMs that nobody works on are forgotten");
     }

@@ -14,10 +14,10 @@ use crate::{
 use bothy_bus::{Client, Server};
 use bothy_contract::{
     Code, Error, VmId,
-    methods::{VmShow, WorkspaceExportOpen, WorkspaceIdentitySync, WorkspaceImportOpen},
+    methods::{VmShow, WorkspaceExportOpen, WorkspaceHostShow, WorkspaceIdentitySync, WorkspaceImportOpen},
     net::Done,
     vm::{VmRef, VmState},
-    workspace::{OpenExport, OpenImport},
+    workspace::{OpenExport, OpenImport, WorkspaceHost},
 };
 use bothy_guest_proto::{BULK_PORT, CONTROL_PORT};
 use bothy_telemetry::record_error;
@@ -49,6 +49,7 @@ pub async fn run(
 ) -> Result<(), Error> {
     let tickets = Tickets::new(socket);
     let queues = Queues::default();
+    let counted = queues.clone();
     let streams = {
         let (bus, stop) = (client.clone(), shutdown.clone());
         let handler = move |(job, span): (Job, tracing::Span), stream| {
@@ -62,6 +63,10 @@ pub async fn run(
     let syncs = client.clone();
     let server = Server::new(client, CONCURRENT)
         .on_ready(ready)
+        .serve::<WorkspaceHostShow, _, _>(move |_, _| {
+            let host = WorkspaceHost { busy: counted.busy() };
+            async move { Ok(host) }
+        })
         .serve::<WorkspaceImportOpen, _, _>(move |_, request: OpenImport| {
             let (bus, tickets) = imports.clone();
             async move {
