@@ -28,7 +28,13 @@ impl Repository {
                 return Err(Error::invalid(format!("{shown} is not a directory"))
                     .hint("name a directory inside a git repository"));
             }
-            Err(e) => return Err(Error::not_found(format!("cannot open the repository: {e}"))),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                return Err(Error::not_found(format!("there is no directory {shown}"))
+                    .hint("name a directory inside a git repository"));
+            }
+            Err(e) => {
+                return Err(Error::new(Code::FailedPrecondition, format!("cannot open the repository: {e}")));
+            }
         }
         let out = git::output(path, ["rev-parse", "--is-bare-repository", "--is-inside-work-tree"])?;
         if !out.status.success() {
