@@ -76,8 +76,12 @@ fn op(id: OpId, owner: u32) -> OpRecord {
 /// What a ticket of the in-test services opens.
 enum Stream {
     Echo,
+    /// A guest that takes everything and says nothing.
+    Silent,
     Import,
-    Export { cut: bool },
+    Export {
+        cut: bool,
+    },
 }
 
 struct Host {
@@ -142,6 +146,7 @@ async fn host() -> Host {
     }
     let list = vms.clone();
     let (noted, noted_create) = (Arc::clone(&changes), Arc::clone(&changes));
+    let (noted_channel, silent) = (Arc::clone(&changes), vms[2].id);
     let server =
         Server::new(vm_client.clone(), 16)
             .serve::<VmListAll, _, _>(move |_, _| {
@@ -165,8 +170,10 @@ async fn host() -> Host {
                     Err(Error::new(Code::AlreadyExists, "there is a VM of that name").hint("take another"))
                 }
             })
-            .serve::<VmChannelOpen, _, _>(move |_, _| {
-                let ticket = channel.issue(Stream::Echo, Duration::from_secs(30));
+            .serve::<VmChannelOpen, _, _>(move |_, request| {
+                let what = if request.vm == silent { Stream::Silent } else { Stream::Echo };
+                let ticket = channel.issue(what, Duration::from_secs(30));
+                noted_channel.lock().unwrap().push(format!("channel of {}", request.vm));
                 async move { Ok(ticket) }
             });
     tokio::spawn(server.run(stop.clone()));
@@ -206,6 +213,10 @@ async fn serve(
     match what {
         Stream::Echo => {
             let _ = tokio::io::copy(&mut read, &mut write).await;
+        }
+        Stream::Silent => {
+            let _ = tokio::io::copy(&mut read, &mut tokio::io::sink()).await;
+            drop(write);
         }
         Stream::Import => {
             let (mut frames, mut bytes) = (FrameReader::new(read), 0);
@@ -425,4 +436,31 @@ async fn a_user_who_opens_connections_without_end_harms_only_themselves() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     panic!("the places were not given back");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_says_nothing_is_left_on_request() {
+    bothy_testkit::require_root!();
+    let host = host().await;
+    let asked = format!("channel of {}", host.vms[2].id);
+    for signal in ["-INT", "-TERM", "-HUP"] {
+        host.changes.lock().unwrap().clear();
+        let child = Command::new(&host.bothy)
+            .arg("--socket")
+            .arg(&host.socket)
+            .args(["vm", "exec", "cut", "--", "true"])
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        while !host.changes.lock().unwrap().contains(&asked) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        // It catches signals from a moment after that on; before, a signal ends it as it ends any process.
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert!(Command::new("kill").arg(signal).arg(child.id().to_string()).status().unwrap().success());
+        let out = tokio::task::spawn_blocking(|| child.wait_with_output().unwrap());
+        let out = tokio::time::timeout(Duration::from_secs(30), out).await.unwrap().unwrap();
+        let text = String::from_utf8_lossy(&out.stderr);
+        assert!(text.contains("no longer waiting") && out.status.code() == Some(130), "{signal}: {text}");
+    }
 }

@@ -14,7 +14,10 @@ use bothy_guest_proto::{
     BULK_PORT, CHUNK, GuestClient,
     v1::{ExecInput, ExecStart, ForwardChunk, exec_input::Input, exec_output::Output},
 };
-use std::io::{self, Read};
+use std::{
+    io::{self, Read},
+    time::Duration,
+};
 use tokio::{
     io::{AsyncWrite, AsyncWriteExt},
     signal::unix::{SignalKind, signal},
@@ -24,8 +27,10 @@ use tokio_stream::wrappers::ReceiverStream;
 
 /// How many pieces of input may wait; each is at most [`CHUNK`] bytes.
 const QUEUE: usize = 4;
-/// How many interrupts in a row, with no word from the guest, end the wait for it.
+/// How many signals that ask to end, with no word from the guest, end the wait for it.
 const PATIENCE: u32 = 3;
+/// How long a guest may take to take a command; an emulated one under load is slow.
+const OPEN: Duration = Duration::from_secs(60);
 
 /// A command to run.
 #[derive(Debug, Clone, Default)]
@@ -108,7 +113,17 @@ pub(crate) async fn exec(
     // Signals are caught from before the command starts, so that none ends bothy and leaves the command behind.
     let mut signals = Signals::new()?;
     let raw = command.tty.then(Raw::enter).transpose()?;
-    let mut output = client.exec(ReceiverStream::new(queue)).await.map_err(|s| lost(vm, &s))?.into_inner();
+    let mut output = tokio::select! {
+        opened = tokio::time::timeout(OPEN, client.exec(ReceiverStream::new(queue))) => opened
+            .map_err(|_| {
+                let message = format!("the guest of {vm} did not take the command within {} s", OPEN.as_secs());
+                Error::new(Code::DeadlineExceeded, message).hint(format!("`bothy vm logs {vm}` may say why"))
+            })?
+            .map_err(|s| lost(vm, &s))?
+            .into_inner(),
+        // The guest has not taken the command, so there is nothing yet that a signal could be passed on to.
+        () = signals.asked_to_end() => return Err(left(vm)),
+    };
     if command.stdin {
         let input = input.clone();
         read_stdin(move |piece| {
@@ -125,10 +140,9 @@ pub(crate) async fn exec(
         let said = tokio::select! {
             said = output.message() => said.map_err(|s| lost(vm, &s))?,
             number = signals.next() => {
-                interrupts += u32::from(number == libc_sigint());
+                interrupts += u32::from(asks_to_end(number));
                 if interrupts >= PATIENCE {
-                    return Err(Error::new(Code::Cancelled, "no longer waiting for the command, which may still run")
-                        .hint(format!("`bothy vm stop {vm}` ends it for sure")));
+                    return Err(left(vm));
                 }
                 let sent = if number == SignalKind::window_change().as_raw_value() {
                     command.tty.then(window).flatten().map(Input::Resize)
@@ -178,8 +192,17 @@ pub(crate) async fn exec(
 /// "No such file or directory" in the guest, which is Linux on the same architecture (errno(3)).
 const ENOENT: i32 = 2;
 
-fn libc_sigint() -> i32 {
-    SignalKind::interrupt().as_raw_value()
+/// Whether a signal asks a process to end.
+fn asks_to_end(number: i32) -> bool {
+    [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup(), SignalKind::quit()]
+        .iter()
+        .any(|kind| kind.as_raw_value() == number)
+}
+
+/// The user does not wait for the guest any longer.
+fn left(vm: &str) -> Error {
+    Error::new(Code::Cancelled, "no longer waiting for the command, which may still run")
+        .hint(format!("`bothy vm stop {vm}` ends it for sure"))
 }
 
 fn message(input: Input) -> ExecInput {
@@ -254,6 +277,11 @@ impl Signals {
             });
         }
         Ok(Self(receive))
+    }
+
+    /// Returns once one of them asks to end.
+    async fn asked_to_end(&mut self) {
+        while !asks_to_end(self.next().await) {}
     }
 
     async fn next(&mut self) -> i32 {
