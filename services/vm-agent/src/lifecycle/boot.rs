@@ -193,7 +193,7 @@ async fn launch(
         Some(handle) => handle,
         None => {
             let groups = match finding.accel {
-                Accel::Kvm => vec![kvm_group()?],
+                Accel::Kvm => kvm_group()?.into_iter().collect(),
                 Accel::Tcg => Vec::new(),
             };
             let plan = VmPlan {
@@ -230,9 +230,24 @@ async fn launch(
     Ok(handle)
 }
 
-/// The group that may open `/dev/kvm`.
-fn kvm_group() -> Result<u32, Error> {
-    fs_err::metadata("/dev/kvm").map(|m| m.gid()).map_err(|e| Error::internal("cannot look at /dev/kvm", &e))
+/// The group that the VM's user must be in to open `/dev/kvm`.
+fn kvm_group() -> Result<Option<u32>, Error> {
+    let meta = fs_err::metadata("/dev/kvm").map_err(|e| Error::internal("cannot look at /dev/kvm", &e))?;
+    group_for(meta.gid(), meta.mode())
+}
+
+/// The group that opens a device of that group and mode; `None` where everybody may. Never root's, to which much more than
+/// a device is open.
+fn group_for(gid: u32, mode: u32) -> Result<Option<u32>, Error> {
+    match (mode & 0o006 == 0o006, gid != 0 && mode & 0o060 == 0o060) {
+        (true, _) => Ok(None),
+        (false, true) => Ok(Some(gid)),
+        (false, false) => Err(Error::new(
+            Code::FailedPrecondition,
+            format!("no VM's user can open /dev/kvm: its group is {gid}, its mode {:o}", mode & 0o777),
+        )
+        .hint("give it to a group of its own: `chgrp kvm /dev/kvm; chmod 660 /dev/kvm`, or set `vm.accelerator = \"tcg\"`")),
+    }
 }
 
 async fn unlaunch(agent: Agent, _: UndoCx, vm: VmId) -> Result<(), Error> {
@@ -336,5 +351,20 @@ fn span_name(step: &str) -> &'static str {
         "personalise" => "guest.personalise",
         "init" => "guest.init",
         _ => "guest.step",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vms_user_never_gets_roots_group() {
+        assert_eq!(group_for(106, 0o20660).unwrap(), Some(106));
+        assert_eq!(group_for(0, 0o20666).unwrap(), None);
+        assert_eq!(group_for(106, 0o20666).unwrap(), None);
+        for (gid, mode) in [(0, 0o20660), (0, 0o20600), (106, 0o20600), (106, 0o20640)] {
+            assert_eq!(group_for(gid, mode).unwrap_err().code, Code::FailedPrecondition, "{gid} {mode:o}");
+        }
     }
 }
