@@ -5,6 +5,7 @@
 
 use crate::Status;
 use bothy_contract::{Code, Error};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 use std::{ffi::OsString, os::unix::process::CommandExt, process::Command};
 
@@ -18,6 +19,18 @@ pub(crate) fn main(parent: u32, argv: &[OsString]) -> Result<Status, Error> {
     if now != i32::try_from(parent).ok() {
         return Err(Error::new(Code::FailedPrecondition, format!("the parent, process {parent}, has gone")));
     }
+    more_descriptors()?;
     let error = Command::new(program).args(args).exec();
     Err(Error::internal(format!("cannot run {}", program.display()), &error))
+}
+
+/// Descriptors that a service may have open: a stream takes two, and services allow a thousand streams and more.
+const DESCRIPTORS: u64 = 65_536;
+
+/// Raises the soft limit of open files, mostly 1024 for the sake of select(2), as the units of systemd do.
+fn more_descriptors() -> Result<(), Error> {
+    let failed = |e: nix::Error| Error::internal("cannot raise the limit of open files", &e);
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(failed)?;
+    let wanted = DESCRIPTORS.min(hard);
+    if soft < wanted { setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).map_err(failed) } else { Ok(()) }
 }
