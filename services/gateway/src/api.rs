@@ -4,11 +4,12 @@
 //! logs are raw bytes, operation events are server-sent events, a workspace goes in as a pack and comes out as a
 //! patch, and a channel is an upgraded connection.
 
+use bothy_config::Config;
 use bothy_contract::{
     Code, Error, Service, image::ImageManifest, net::NetHost, vm::VmHost, workspace::Identity,
 };
 use serde::{Deserialize, Serialize};
-use std::fmt::Write as _;
+use std::{fmt::Write as _, path::PathBuf};
 
 /// The version of this API, as `GET /v1/version` gives it.
 pub const API_VERSION: u32 = 1;
@@ -45,6 +46,30 @@ pub struct HostReport {
     /// The images, where the image-agent answers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub images: Option<Vec<ImageManifest>>,
+    /// What the host was told to use, so that a user who cannot read its configuration can check it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uses: Option<HostUses>,
+}
+
+/// What the host's configuration names.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostUses {
+    /// The state directory.
+    pub state_dir: PathBuf,
+    /// The VMM's program: a name on the services' `PATH` or an absolute path.
+    pub qemu: PathBuf,
+    /// The bus server's program, likewise.
+    pub bus_server: PathBuf,
+}
+
+impl From<&Config> for HostUses {
+    fn from(config: &Config) -> Self {
+        Self {
+            state_dir: config.state_dir.clone(),
+            qemu: config.vm.qemu.clone(),
+            bus_server: config.bus.server.clone(),
+        }
+    }
 }
 
 impl HostReport {

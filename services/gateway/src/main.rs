@@ -3,7 +3,7 @@
 use bothy_bus::Client;
 use bothy_config::{Config, DEFAULT_PATH, PATH_VARIABLE};
 use bothy_contract::{Code, Error, Service};
-use bothy_gateway::server::Gateway;
+use bothy_gateway::{api::HostUses, server::Gateway};
 use clap::Parser;
 use fs_err as fs;
 use std::{io, os::unix::fs::PermissionsExt, path::Path, path::PathBuf, process::ExitCode, time::Duration};
@@ -67,10 +67,11 @@ async fn run(config: &Path) -> Result<(), Error> {
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let mut served = tokio::spawn(Gateway::new(bus.clone()).serve(listener, async move {
-        // An error means that the sender went, which is a stop too.
-        let _ = stopped.await;
-    }));
+    let mut served =
+        tokio::spawn(Gateway::new(bus.clone(), HostUses::from(&config)).serve(listener, async move {
+            // An error means that the sender went, which is a stop too.
+            let _ = stopped.await;
+        }));
     let ended = tokio::select! {
         ended = &mut served => Some(ended),
         _ = term.recv() => None,

@@ -287,7 +287,7 @@ async fn each_user_sees_and_touches_only_what_is_theirs() {
     assert_eq!(names(host.json(0, &["vm", "list"])), ["cut", "db", "web"]);
     assert_eq!(names(host.json(ALICE, &["vm", "list"])), ["cut", "web"]);
     assert_eq!(names(host.json(BOB, &["vm", "list"])), ["db"]);
-    assert_eq!(host.json(ALICE, &["vm", "show", "we"])[0]["name"], "web");
+    assert_eq!(host.json(ALICE, &["vm", "show", "we"])["name"], "web");
     let dbs = host.vms[1].id.to_string();
     for vm in ["db", &dbs, "d"] {
         assert_eq!(host.code(ALICE, &["vm", "show", vm]), "not_found");

@@ -4,12 +4,12 @@ use super::{ApiError, Gateway, Peer};
 use crate::api::{HostReport, ServiceReport};
 use axum::{Json, extract::State, http::HeaderMap};
 use bothy_contract::{
-    Code, Error, Service, VmId,
+    Error, Service,
     image::ListImages,
-    methods::{ImageListAll, NetHostShow, NetHostTeardown, VmHostShow, WorkspaceExportOpen},
+    methods::{ImageListAll, NetHostShow, NetHostTeardown, VmHostShow, WorkspaceHostShow},
     net::{Done, GetNetHost, TeardownNet},
     vm::GetVmHost,
-    workspace::OpenExport,
+    workspace::GetWorkspaceHost,
 };
 
 fn report<T>(service: Service, answer: &Result<T, Error>) -> ServiceReport {
@@ -17,18 +17,13 @@ fn report<T>(service: Service, answer: &Result<T, Error>) -> ServiceReport {
 }
 
 pub(crate) async fn show(State(gateway): State<Gateway>, _: Peer) -> Json<HostReport> {
-    let probe = OpenExport { vm: VmId::new(), guest_path: String::new() };
     let (vm, net, images, workspace) = tokio::join!(
         gateway.call::<VmHostShow>(&GetVmHost {}),
         gateway.call::<NetHostShow>(&GetNetHost {}),
         gateway.call::<ImageListAll>(&ListImages {}),
-        gateway.call::<WorkspaceExportOpen>(&probe),
+        gateway.call::<WorkspaceHostShow>(&GetWorkspaceHost {}),
     );
-    // The workspace-agent has nothing to show. It is there if it refuses what cannot be: a new id names no VM.
-    let workspace = match workspace {
-        Err(e) if matches!(e.code, Code::Unavailable | Code::DeadlineExceeded | Code::Internal) => Err(e),
-        _ => Ok(()),
-    };
+    let uses = Some(gateway.uses.as_ref().clone());
     let gateway = ServiceReport { service: Service::Gateway, up: true, error: None };
     Json(HostReport {
         services: vec![
@@ -41,6 +36,7 @@ pub(crate) async fn show(State(gateway): State<Gateway>, _: Peer) -> Json<HostRe
         vm: vm.ok(),
         net: net.ok(),
         images: images.ok().map(|list| list.images),
+        uses,
     })
 }
 

@@ -21,7 +21,10 @@ mod workspace;
 pub use error::ApiError;
 pub use peer::Peer;
 
-use crate::{api, refs};
+use crate::{
+    api::{self, HostUses},
+    refs,
+};
 use axum::{
     Json, Router,
     extract::DefaultBodyLimit,
@@ -35,16 +38,17 @@ use bothy_contract::{
     vm::{ListVms, VmRecord},
 };
 use sha2::{Digest, Sha256};
-use std::future::Future;
+use std::{future::Future, sync::Arc};
 use tokio::net::UnixListener;
 
 /// The largest JSON body, in bytes: a spec with a handful of ssh keys is a few KiB.
 const MAX_JSON: usize = 256 << 10;
 
-/// What every handler has: the bus.
+/// What every handler has: the bus, and what to say of the host.
 #[derive(Clone)]
 pub struct Gateway {
     bus: Client,
+    uses: Arc<HostUses>,
 }
 
 impl std::fmt::Debug for Gateway {
@@ -54,9 +58,9 @@ impl std::fmt::Debug for Gateway {
 }
 
 impl Gateway {
-    /// A gateway that asks over `bus`.
-    pub fn new(bus: Client) -> Self {
-        Self { bus }
+    /// A gateway that asks over `bus`, on a host that `uses` what it says.
+    pub fn new(bus: Client, uses: HostUses) -> Self {
+        Self { bus, uses: Arc::new(uses) }
     }
 
     /// All routes.

@@ -3,7 +3,7 @@
 use crate::{Context, Status, host::up::find_program};
 use bothy_config::Config;
 use bothy_contract::{Error, ImageName};
-use bothy_gateway::api::{HostReport, Version};
+use bothy_gateway::api::{HostReport, HostUses, Version};
 use serde::Serialize;
 use std::{
     path::{Path, PathBuf},
@@ -38,11 +38,14 @@ fn check(check: &'static str, verdict: Verdict, found: impl Into<String>, todo: 
 
 /// Exit status 1 where a check failed.
 pub(crate) async fn main(context: &Context) -> Result<Status, Error> {
-    let config = configuration();
-    let mut checks = services(context).await;
+    let (mut checks, report) = services(context).await;
+    let bus_answers = report.as_ref().is_some_and(HostReport::all_up);
+    // What the host uses is known best by its gateway; the configuration may be another's, or unreadable.
+    let told = report.and_then(|report| report.uses);
+    let uses = told.unwrap_or_else(|| HostUses::from(&configuration()));
     checks.push(kvm());
     checks.push(tun());
-    checks.extend([qemu(&config), bus_server(&config), nftables(), space(&config)]);
+    checks.extend([qemu(&uses), bus_server(&uses, bus_answers), nftables(), space(&uses)]);
     checks.extend([
         tool("git", "git", Verdict::Fail, "`apt-get install git`"),
         tool(
@@ -96,11 +99,12 @@ fn configuration() -> Config {
         .unwrap_or_else(|_| Config::new("/var/lib/bothy", "/run/bothy"))
 }
 
-async fn services(context: &Context) -> Vec<Check> {
+/// How the services stand, and the report that says so where there is one.
+async fn services(context: &Context) -> (Vec<Check>, Option<HostReport>) {
     let socket = context.gateway.socket().display().to_string();
     let version: Version = match context.gateway.get("/v1/version").await {
         Ok(version) => version,
-        Err(e) => return vec![check("gateway", Verdict::Fail, e.message, e.hint.as_deref())],
+        Err(e) => return (vec![check("gateway", Verdict::Fail, e.message, e.hint.as_deref())], None),
     };
     let mine = env!("CARGO_PKG_VERSION");
     let mut checks = vec![if version.version == mine {
@@ -117,7 +121,7 @@ async fn services(context: &Context) -> Vec<Check> {
         Ok(report) => report,
         Err(e) => {
             checks.push(check("services", Verdict::Fail, e.message, e.hint.as_deref()));
-            return checks;
+            return (checks, None);
         }
     };
     let down: Vec<_> = report.services.iter().filter(|s| !s.up).collect();
@@ -135,7 +139,8 @@ async fn services(context: &Context) -> Vec<Check> {
     }
     if let Some(vm) = &report.vm {
         let found = format!("{} with {}: {}", vm.driver, vm.accelerator, vm.accelerator_reason);
-        checks.push(if vm.accelerator == "kvm" {
+        // `auto` is decided by the first VM: nothing to warn of yet.
+        checks.push(if vm.accelerator != "tcg" {
             check("accelerator", Verdict::Ok, found, None)
         } else {
             check(
@@ -159,7 +164,7 @@ async fn services(context: &Context) -> Vec<Check> {
             )
         });
     }
-    checks
+    (checks, Some(report))
 }
 
 fn kvm() -> Check {
@@ -195,10 +200,10 @@ fn version_of(program: &Path) -> Option<String> {
     out.status.success().then(|| text.lines().next().unwrap_or_default().trim().to_owned())
 }
 
-fn qemu(config: &Config) -> Check {
+fn qemu(uses: &HostUses) -> Check {
     let todo = Some("`apt-get install qemu-system-x86`");
-    match find_program(&config.vm.qemu) {
-        None => check("qemu", Verdict::Fail, format!("there is no {}", config.vm.qemu.display()), todo),
+    match find_program(&uses.qemu) {
+        None => check("qemu", Verdict::Fail, format!("there is no {}", uses.qemu.display()), todo),
         Some(path) => match version_of(&path) {
             Some(version) => check("qemu", Verdict::Ok, version, None),
             None => check("qemu", Verdict::Fail, format!("{} does not run", path.display()), todo),
@@ -206,11 +211,15 @@ fn qemu(config: &Config) -> Check {
     }
 }
 
-fn bus_server(config: &Config) -> Check {
+fn bus_server(uses: &HostUses, answers: bool) -> Check {
     let todo = Some("`cargo xtask setup` installs it");
-    let server =
-        std::env::var_os("BOTHY_NATS_SERVER").map_or_else(|| config.bus.server.clone(), PathBuf::from);
+    let given = std::env::var_os("BOTHY_NATS_SERVER").filter(|_| !answers);
+    let server = given.map_or_else(|| uses.bus_server.clone(), PathBuf::from);
     let Some(path) = find_program(&server) else {
+        if answers {
+            // The services found it; only this user does not.
+            return check("nats-server", Verdict::Ok, format!("runs ({})", server.display()), None);
+        }
         return check("nats-server", Verdict::Fail, format!("there is no {}", server.display()), todo);
     };
     match version_of(&path) {
@@ -251,9 +260,9 @@ fn nftables() -> Check {
     }
 }
 
-fn space(config: &Config) -> Check {
+fn space(uses: &HostUses) -> Check {
     // The nearest directory that is there: the state directory is made by the first start.
-    let dir = config.state_dir.ancestors().find(|dir| dir.exists()).unwrap_or(Path::new("/"));
+    let dir = uses.state_dir.ancestors().find(|dir| dir.exists()).unwrap_or(Path::new("/"));
     match nix::sys::statvfs::statvfs(dir) {
         Ok(stat) => {
             let free = stat.blocks_available().saturating_mul(stat.fragment_size());
