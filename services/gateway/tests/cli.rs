@@ -45,6 +45,11 @@ fn bad_input_is_refused_before_anything_is_asked() {
     ");
     let repo = bothy(&["run", ".", "--", "true"]);
     assert!(repo.starts_with("125\nerror: ") && repo.contains("git"), "{repo}");
+    insta::assert_snapshot!(bothy(&["run", "nowhere", "--", "true"]), @r"
+    125
+    error: there is no directory nowhere
+      hint: name a directory inside a git repository
+    ");
     let path = bothy(&["run", ".", "--guest-path", "repo", "--", "true"]);
     assert!(path.contains("\"repo\" is not an absolute path"), "{path}");
     for args in

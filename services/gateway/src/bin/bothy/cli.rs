@@ -14,7 +14,7 @@ pub(crate) struct Cli {
     /// The gateway's socket [default: below the run_dir of BOTHY_CONFIG, else /run/bothy/gateway.sock]
     #[arg(long, global = true, env = "BOTHY_SOCKET", value_name = "PATH", value_hint = ValueHint::FilePath)]
     pub(crate) socket: Option<PathBuf>,
-    /// Print records, and errors, as JSON
+    /// Print JSON: an array from `list`, else one document for each thing named; errors on stderr
     #[arg(long, global = true)]
     pub(crate) json: bool,
     /// No progress, only results and errors

@@ -27,9 +27,13 @@ impl Printer {
         human: impl FnOnce(&T) -> String,
     ) -> Result<(), Error> {
         if self.json {
-            let text = serde_json::to_string_pretty(value)
-                .map_err(|e| Error::internal("cannot print the record", &e))?;
-            self.line(text);
+            // Scripts get a document a line, people one that they can read.
+            let text = if std::io::stdout().is_terminal() {
+                serde_json::to_string_pretty(value)
+            } else {
+                serde_json::to_string(value)
+            };
+            self.line(text.map_err(|e| Error::internal("cannot print the record", &e))?);
         } else {
             let text = human(value);
             if !text.is_empty() {

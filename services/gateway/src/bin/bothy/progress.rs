@@ -3,6 +3,7 @@
 use crate::{
     http::Gateway,
     printer::{Printer, duration, table, visible},
+    terminal::Still,
 };
 use bothy_contract::{
     Code, Error, OpId,
@@ -33,13 +34,6 @@ pub(crate) struct Stage {
 }
 
 impl Outcome {
-    /// All stages in one line, in the order in which they began.
-    pub(crate) fn line(&self) -> String {
-        let stages: Vec<_> =
-            self.stages.iter().map(|s| format!("{} {}", s.name, duration(s.took_us))).collect();
-        stages.join(", ")
-    }
-
     /// All stages as a table.
     pub(crate) fn table(&self) -> String {
         table(
@@ -58,6 +52,7 @@ impl Outcome {
 /// The operation's own error, or that it can no longer be watched.
 pub(crate) async fn watch(gateway: &Gateway, printer: Printer, op: OpId) -> Result<Outcome, Error> {
     let mut view = View::new(printer);
+    let screen = view.screen.clone();
     let mut seen = Seen::default();
     let watching = follow(gateway, op, &mut view, &mut seen);
     tokio::pin!(watching);
@@ -65,11 +60,11 @@ pub(crate) async fn watch(gateway: &Gateway, printer: Printer, op: OpId) -> Resu
         end = &mut watching => return end,
         _ = tokio::signal::ctrl_c() => {}
     }
-    printer.note("cancelling; what was done is being undone (Ctrl-C again to leave it to that)");
+    screen.say("cancelling; what was done is being undone (Ctrl-C again to leave it to that)");
     let cancelled: Result<OpRecord, Error> =
         gateway.change(Method::POST, &format!("/v1/ops/{op}/cancel"), &serde_json::json!({})).await;
     if let Err(e) = cancelled {
-        printer.note(format!("cannot cancel: {}", visible(&e.message)));
+        screen.say(format!("cannot cancel: {}", visible(&e.message)));
     }
     tokio::select! {
         end = &mut watching => end,
@@ -176,11 +171,11 @@ fn take(event: OpEvent, view: &mut View, seen: &mut Seen) -> Option<Result<Outco
                 outcome.took_us = event.at_us;
                 return Some(Ok(outcome));
             }
-            let fallback = match state {
-                OpState::Cancelled => Error::new(Code::Cancelled, "cancelled; all that was done is undone"),
-                _ => Error::new(Code::StageFailed, "the operation failed without saying why"),
-            };
-            return Some(Err(error.unwrap_or(fallback)));
+            return Some(Err(match (state, error) {
+                (OpState::Cancelled, _) => Error::new(Code::Cancelled, "cancelled; what was done is undone"),
+                (_, Some(error)) => error,
+                (_, None) => Error::new(Code::StageFailed, "the operation failed without saying why"),
+            }));
         }
     }
     None
@@ -231,29 +226,40 @@ impl SseLines {
     }
 }
 
-/// The stages on the screen.
-struct View {
+/// Where lines go that stay. Clones write to the same place.
+#[derive(Clone)]
+struct Screen {
     printer: Printer,
     bars: Option<MultiProgress>,
+}
+
+impl Screen {
+    /// A line above the spinners, which would otherwise draw over it or be left behind.
+    fn say(&self, line: impl AsRef<str>) {
+        match &self.bars {
+            // `println` would pad the line to the terminal's width, which shows after a resize and in what is copied.
+            Some(bars) => bars.suspend(|| self.printer.note(line)),
+            None => self.printer.note(line),
+        }
+    }
+}
+
+/// The stages on the screen.
+struct View {
+    screen: Screen,
     running: BTreeMap<String, ProgressBar>,
+    _still: Option<Still>,
 }
 
 impl View {
     fn new(printer: Printer) -> Self {
-        Self { printer, bars: printer.draws().then(MultiProgress::new), running: BTreeMap::new() }
-    }
-
-    fn say(&self, line: String) {
-        match &self.bars {
-            Some(bars) => {
-                let _ = bars.println(line);
-            }
-            None => self.printer.note(line),
-        }
+        let bars = printer.draws().then(MultiProgress::new);
+        let still = bars.as_ref().and_then(|_| Still::enter());
+        Self { screen: Screen { printer, bars }, running: BTreeMap::new(), _still: still }
     }
 
     fn started(&mut self, stage: &str) {
-        if let Some(bars) = &self.bars {
+        if let Some(bars) = &self.screen.bars {
             let bar = bars.add(ProgressBar::new_spinner());
             if let Ok(style) = ProgressStyle::with_template("{spinner:.cyan} {prefix:<18} {elapsed:>7} {msg}")
             {
@@ -285,21 +291,20 @@ impl View {
     fn done(&mut self, stage: &str, took_us: u64, note: Option<&str>) {
         self.end(stage);
         let note = note.map(|n| format!("  {}", visible(n))).unwrap_or_default();
-        self.say(format!("  {:<18} {:>8}{note}", visible(stage), duration(took_us)));
+        self.screen.say(format!("  {:<18} {:>8}{note}", visible(stage), duration(took_us)));
     }
 
     fn failed(&mut self, stage: &str, took_us: u64, error: &Error) {
         self.end(stage);
-        self.say(format!(
-            "  {:<18} {:>8}  failed: {}",
-            visible(stage),
-            duration(took_us),
-            visible(&error.message)
-        ));
+        let how = match error.code {
+            Code::Cancelled => "cancelled".to_owned(),
+            _ => format!("failed: {}", visible(&error.message)),
+        };
+        self.screen.say(format!("  {:<18} {:>8}  {how}", visible(stage), duration(took_us)));
     }
 
     fn undone(&mut self, stage: &str) {
-        self.say(format!("  {:<18}   undone", visible(stage)));
+        self.screen.say(format!("  {:<18}   undone", visible(stage)));
     }
 
     fn finish(&mut self) {

@@ -2,6 +2,7 @@
 
 use bothy_contract::Error;
 use bothy_guest_proto::v1::WindowSize;
+use nix::sys::termios::{LocalFlags, SetArg, Termios, tcgetattr, tcsetattr};
 use std::io::IsTerminal;
 
 /// Whether a command can be given a terminal: stdin and stdout both are one.
@@ -30,5 +31,32 @@ impl Raw {
 impl Drop for Raw {
     fn drop(&mut self) {
         let _ = crossterm::terminal::disable_raw_mode();
+    }
+}
+
+/// The terminal without the `^C` that it shows for an interrupt (ECHOCTL, termios(3)), until this is dropped: it would
+/// end in the middle of what is drawn, and a spinner's line would stay behind.
+pub(crate) struct Still(Termios);
+
+impl Still {
+    /// Changes the terminal on stdin; none where there is none.
+    pub(crate) fn enter() -> Option<Self> {
+        let before = tcgetattr(std::io::stdin()).ok()?;
+        let mut still = before.clone();
+        still.local_flags.remove(LocalFlags::ECHOCTL);
+        set(&still).then_some(Self(before))
+    }
+}
+
+/// Sets the terminal, unless bothy is in the background: there it would be stopped for it (SIGTTOU, tcsetattr(3p)).
+fn set(to: &Termios) -> bool {
+    let stdin = std::io::stdin();
+    nix::unistd::tcgetpgrp(&stdin).is_ok_and(|group| group == nix::unistd::getpgrp())
+        && tcsetattr(&stdin, SetArg::TCSANOW, to).is_ok()
+}
+
+impl Drop for Still {
+    fn drop(&mut self) {
+        set(&self.0);
     }
 }

@@ -38,13 +38,13 @@ pub(crate) async fn main(context: &Context, command: cli::Vm) -> Result<Status, 
             Ok(Status::SUCCESS)
         }
         cli::Vm::Show { vms } => {
-            let mut records = Vec::new();
-            for vm in &vms {
-                records.push(show(context, vm).await?);
-            }
-            let text = |records: &Vec<VmRecord>| records.iter().map(details).collect::<Vec<_>>().join("\n\n");
-            printer.record(&records, text)?;
-            Ok(Status::SUCCESS)
+            let first = std::cell::Cell::new(true);
+            each(context, &vms, async |vm| {
+                let record = show(context, vm).await?;
+                let gap = if first.replace(false) { "" } else { "\n" };
+                printer.record(&record, |record| format!("{gap}{}", details(record)))
+            })
+            .await
         }
         cli::Vm::Start { vms } => {
             let body = StartBody { identity: ssh::identity(printer) };
@@ -117,10 +117,12 @@ async fn each(
 ) -> Result<Status, Error> {
     let mut last = None;
     for vm in vms {
-        if let Err(e) = what(vm).await
-            && let Some(earlier) = last.replace(e.context(vm))
-        {
-            context.printer.error(&earlier);
+        if let Err(e) = what(vm).await {
+            // One of several is named where the error itself does not.
+            let named = vms.len() == 1 || vm.is_empty() || e.message.contains(vm.as_str());
+            if let Some(earlier) = last.replace(if named { e } else { e.context(vm) }) {
+                context.printer.error(&earlier);
+            }
         }
     }
     last.map_or(Ok(Status::SUCCESS), Err)
@@ -197,8 +199,6 @@ pub(crate) async fn create(
     printer.note(format!("{} is ready ({})", vm.name, duration(outcome.took_us)));
     if args.timings {
         printer.note(outcome.table());
-    } else if printer.draws() {
-        printer.note(format!("  {}", outcome.line()));
     }
     Ok((vm, outcome))
 }
