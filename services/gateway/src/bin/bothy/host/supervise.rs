@@ -60,8 +60,10 @@ impl Program {
             .into_parts()
             .0;
         let stderr = log.try_clone().map_err(|e| Error::internal("cannot open a log", &e))?;
-        let me = std::env::current_exe().map_err(|e| Error::internal("cannot find this program", &e))?;
-        Command::new(me)
+        // Not by its path: after an upgrade that names another program, or for a moment none, and a service that ends
+        // then could not be started again.
+        Command::new("/proc/self/exe")
+            .arg0("bothy")
             .args(["host", "child", "--parent", &std::process::id().to_string(), "--"])
             .arg(&self.path)
             .args(&self.args)
