@@ -55,6 +55,8 @@ const KILL: Duration = Duration::from_secs(20);
 /// How long a holder may take to end once its VMM has: it writes the exit record.
 const HOLDER_END: Duration = Duration::from_secs(5);
 const SIGKILL: i32 = 9;
+/// Where it is remembered whether KVM is of use, in the agent's directory.
+const ACCEL: &str = "accel.json";
 
 /// What every part of the agent works with. Clones share it.
 #[derive(Debug, Clone)]
@@ -93,7 +95,9 @@ impl Agent {
             .await
             .map_err(|e| Error::internal("cannot measure the clock", &e))?;
         let program = holder::program()?;
-        Ok(Self(Arc::new(Shared { config, db, bus, driver, tsc_khz, accel: OnceCell::new(), program })))
+        let memory = config.service_dir(Service::Vm).join(ACCEL);
+        let accel = OnceCell::new_with(accel::known(config.vm.accelerator, driver.version(), &memory));
+        Ok(Self(Arc::new(Shared { config, db, bus, driver, tsc_khz, accel, program })))
     }
 
     /// The agent's own directory.
@@ -110,7 +114,7 @@ impl Agent {
                     version: self.driver.version(),
                     kernel: &boot.kernel,
                     initrd: &boot.initrd,
-                    memory: self.state_dir().join("accel.json"),
+                    memory: self.state_dir().join(ACCEL),
                 };
                 accel::decide(self.config.vm.accelerator, &trial).await
             })

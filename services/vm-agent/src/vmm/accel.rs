@@ -72,14 +72,31 @@ pub async fn decide(wanted: Accelerator, trial: &Trial<'_>) -> Result<Finding, E
     }
 }
 
+/// What is known without a trial: for a starting agent, so that it tells the truth before its first VM and no VM waits for
+/// what was found out before. `None` where only a trial can tell, or KVM is asked for and known to be of no use.
+pub fn known(wanted: Accelerator, version: &str, memory: &Path) -> Option<Finding> {
+    if wanted == Accelerator::Tcg {
+        return Some(Finding { accel: Accel::Tcg, reason: "set by `vm.accelerator`".into() });
+    }
+    // Not remembered: it costs nothing to see, and permissions change.
+    fs_err::OpenOptions::new().read(true).write(true).open(KVM).ok()?;
+    let known = recall(memory)?;
+    let fits = known.qemu == version && known.host_kernel == host_kernel();
+    let wanted = wanted == Accelerator::Auto || known.finding.accel == Accel::Kvm;
+    (fits && wanted).then_some(known.finding)
+}
+
+fn host_kernel() -> String {
+    fs_err::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned()
+}
+
 /// The remembered finding for this QEMU and this host kernel, or that of a trial boot, which is then remembered.
 pub async fn find(trial: &Trial<'_>) -> Finding {
     // Not remembered: it costs nothing to see, and permissions change.
     if let Err(err) = fs_err::OpenOptions::new().read(true).write(true).open(KVM) {
         return Finding { accel: Accel::Tcg, reason: format!("KVM cannot be opened: {err}") };
     }
-    let host_kernel =
-        fs_err::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned();
+    let host_kernel = host_kernel();
     if let Some(known) = recall(&trial.memory)
         && known.qemu == trial.version
         && known.host_kernel == host_kernel
@@ -219,6 +236,8 @@ mod tests {
         remember(&trial.memory, &Remembered { qemu: "10.0.2".into(), host_kernel, finding: finding.clone() })
             .unwrap();
         assert_eq!(find(&trial).await, finding);
+        assert_eq!(known(Accelerator::Auto, "10.0.2", &trial.memory), Some(finding));
+        assert_eq!(known(Accelerator::Auto, "11.0.0", &trial.memory), None);
         // Another QEMU is tried anew; a trial that cannot be made is not remembered, one that failed is.
         let other = find(&Trial { version: "11.0.0", ..trial.clone() }).await;
         assert!(other.reason.contains("could not be tried"), "{}", other.reason);
