@@ -7,10 +7,8 @@ use bothy_gateway::{api::HostUses, server::Gateway};
 use clap::Parser;
 use fs_err as fs;
 use std::{io, os::unix::fs::PermissionsExt, path::Path, path::PathBuf, process::ExitCode, time::Duration};
-use tokio::{
-    net::{UnixListener, UnixStream},
-    signal::unix::{SignalKind, signal},
-};
+use tokio::net::{UnixListener, UnixStream};
+use tokio_util::sync::CancellationToken;
 
 /// How long requests in flight may take once a stop is asked for. Watchers of long operations come back by themselves.
 const DRAIN: Duration = Duration::from_secs(3);
@@ -26,65 +24,29 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let telemetry = bothy_telemetry::init("bothy-gateway");
-    let done = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .worker_threads(2)
-        .build()
-        .map_err(|e| Error::internal("cannot start the runtime", &e))
-        .and_then(|runtime| {
-            let done = runtime.block_on(run(&args.config));
-            runtime.shutdown_background();
-            done
-        });
-    let code = match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            tracing::error!(code = %e.code, hint = e.hint.as_deref(), "{e}");
-            ExitCode::FAILURE
-        }
-    };
-    telemetry.shutdown();
-    code
+    bothy_daemon::main(Service::Gateway, |stop| run(args, stop))
 }
 
-async fn run(config: &Path) -> Result<(), Error> {
-    let config = Config::load(config)?;
-    let internal = |what: &'static str| move |e: io::Error| Error::internal(what, &e);
-    let mut term = signal(SignalKind::terminate()).map_err(internal("cannot watch for SIGTERM"))?;
-    let mut int = signal(SignalKind::interrupt()).map_err(internal("cannot watch for SIGINT"))?;
-
-    let bus = tokio::select! {
-        bus = Client::connect(&config, Service::Gateway) => bus?,
-        _ = term.recv() => return Ok(()),
-        _ = int.recv() => return Ok(()),
+async fn run(args: Args, stop: CancellationToken) -> Result<(), Error> {
+    let config = Config::load(&args.config)?;
+    let Some(bus) = stop.run_until_cancelled(Client::connect(&config, Service::Gateway)).await else {
+        return Ok(());
     };
+    let bus = bus?;
     bus.ensure_ops_stream().await?;
 
     let socket = config.gateway_socket();
     let listener = listen(&socket).await?;
-    tracing::info!(socket = %socket.display(), "ready");
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    tracing::info!(socket = %socket.display(), "listening");
+    bothy_daemon::ready();
 
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let mut served =
-        tokio::spawn(Gateway::new(bus.clone(), HostUses::from(&config)).serve(listener, async move {
-            // An error means that the sender went, which is a stop too.
-            let _ = stopped.await;
-        }));
-    let ended = tokio::select! {
-        ended = &mut served => Some(ended),
-        _ = term.recv() => None,
-        _ = int.recv() => None,
-    };
-    let result = match ended {
+    let gateway = Gateway::new(bus, HostUses::from(&config));
+    let mut served = tokio::spawn(gateway.serve(listener, stop.clone().cancelled_owned()));
+    let result = match stop.run_until_cancelled(&mut served).await {
         Some(Ok(Ok(()))) => Err(Error::new(Code::Internal, "the gateway ended without being asked to")),
         Some(Ok(Err(e))) => Err(Error::internal("the gateway cannot listen any longer", &e)),
         Some(Err(e)) => Err(Error::internal("the gateway ended", &e)),
         None => {
-            tracing::info!("stopping");
-            let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-            let _ = stop.send(());
             if tokio::time::timeout(DRAIN, served).await.is_err() {
                 tracing::info!("requests are still in flight; they end now");
             }

@@ -54,27 +54,11 @@ enum Command {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let telemetry = bothy_telemetry::init("bothy-image-agent");
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    let done = match runtime {
-        Ok(runtime) => runtime.block_on(run(args)),
-        Err(e) => Err(Error::internal("cannot start the runtime", &e)),
-    };
-    let code = match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            tracing::error!(code = %e.code, hint = e.hint.as_deref().unwrap_or_default(), "{e}");
-            ExitCode::FAILURE
-        }
-    };
-    telemetry.shutdown();
-    code
+    bothy_daemon::main(Service::Image, |stop| run(args, stop))
 }
 
-async fn run(args: Args) -> Result<(), Error> {
+async fn run(args: Args, stop: CancellationToken) -> Result<(), Error> {
     let config = Config::load(&args.config)?;
-    let stop = CancellationToken::new();
-    stop_on_signals(&stop)?;
     let agent = Agent::open(&config)?;
     match args.command.unwrap_or(Command::Serve) {
         Command::Serve => serve(&config, agent, stop).await,
@@ -92,12 +76,7 @@ async fn serve(config: &Config, agent: Agent, stop: CancellationToken) -> Result
     let ops = Ops::new(db, Service::Image, Arc::new(builds::Builds { agent: agent.clone() }));
     ops.publish_to(Arc::new(client.clone()));
     ops.resume().await?;
-    let ready = || {
-        // Without systemd there is nobody to tell.
-        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-        tracing::info!("ready");
-    };
-    let done = service::run(client, agent, ops.clone(), stop, ready).await;
+    let done = service::run(client, agent, ops.clone(), stop, bothy_daemon::ready).await;
     ops.shutdown().await;
     done
 }
@@ -131,21 +110,6 @@ async fn build_here(
                 });
             }
         }
-    }
-    Ok(())
-}
-
-/// SIGTERM and SIGINT end the process in order.
-fn stop_on_signals(stop: &CancellationToken) -> Result<(), Error> {
-    use tokio::signal::unix::{SignalKind, signal};
-    for kind in [SignalKind::terminate(), SignalKind::interrupt()] {
-        let mut signals = signal(kind).map_err(|e| Error::internal("cannot wait for signals", &e))?;
-        let stop = stop.clone();
-        tokio::spawn(async move {
-            if signals.recv().await.is_some() {
-                stop.cancel();
-            }
-        });
     }
     Ok(())
 }

@@ -6,7 +6,6 @@ use bothy_contract::{Error, Service};
 use bothy_net_agent::{network::Network, service};
 use clap::Parser;
 use std::{path::PathBuf, process::ExitCode};
-use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 /// The network of bothy's VMs: bridge, TAPs, addresses, NAT.
@@ -20,39 +19,12 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let telemetry = bothy_telemetry::init(Service::Net.binary());
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    let done = match runtime {
-        Ok(runtime) => runtime.block_on(run(args)),
-        Err(e) => Err(Error::internal("cannot start the runtime", &e)),
-    };
-    if let Err(error) = &done {
-        tracing::error!(code = %error.code, hint = error.hint.as_deref(), "{error}");
-    }
-    telemetry.shutdown();
-    if done.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    bothy_daemon::main(Service::Net, |stop| run(args, stop))
 }
 
-async fn run(args: Args) -> Result<(), Error> {
+async fn run(args: Args, stop: CancellationToken) -> Result<(), Error> {
     let config = Config::load(&args.config)?;
-    let shutdown = CancellationToken::new();
-    let mut signals = Vec::new();
-    for kind in [SignalKind::terminate(), SignalKind::interrupt()] {
-        signals.push(signal(kind).map_err(|e| Error::internal("cannot wait for signals", &e))?);
-    }
-    for mut signal in signals {
-        let shutdown = shutdown.clone();
-        tokio::spawn(async move {
-            signal.recv().await;
-            shutdown.cancel();
-        });
-    }
     let network = Network::start(&config).await?;
     let client = Client::connect(&config, Service::Net).await?;
-    let ready = || {
-        // Without systemd there is nobody to tell.
-        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-        tracing::info!("ready");
-    };
-    service::run(client, network, shutdown, ready).await
+    service::run(client, network, stop, bothy_daemon::ready).await
 }

@@ -17,7 +17,6 @@ use bothy_ops::Ops;
 use clap::Parser;
 use lifecycle::{Agent, kinds::VmKinds};
 use std::{path::PathBuf, process::ExitCode, sync::Arc};
-use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 /// VM lifecycle: records, operations, channels.
@@ -31,30 +30,11 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let telemetry = bothy_telemetry::init(Service::Vm.binary());
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    let done = match runtime {
-        Ok(runtime) => runtime.block_on(run(args)),
-        Err(e) => Err(Error::internal("cannot start the runtime", &e)),
-    };
-    if let Err(error) = &done {
-        tracing::error!(code = %error.code, hint = error.hint.as_deref(), "{error}");
-    }
-    telemetry.shutdown();
-    if done.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    bothy_daemon::main(Service::Vm, |stop| run(args, stop))
 }
 
-async fn run(args: Args) -> Result<(), Error> {
+async fn run(args: Args, shutdown: CancellationToken) -> Result<(), Error> {
     let config = Config::load(&args.config)?;
-    let shutdown = CancellationToken::new();
-    for kind in [SignalKind::terminate(), SignalKind::interrupt()] {
-        let mut signal = signal(kind).map_err(|e| Error::internal("cannot wait for signals", &e))?;
-        let shutdown = shutdown.clone();
-        tokio::spawn(async move {
-            signal.recv().await;
-            shutdown.cancel();
-        });
-    }
     let dir = config.service_dir(Service::Vm);
     lifecycle::files::private_dir(&dir)?;
     let db = Db::open(dir.join("vm.db"), store::MIGRATIONS)?;
@@ -66,12 +46,8 @@ async fn run(args: Args) -> Result<(), Error> {
     ops.resume().await?;
     let tickets = channel::tickets(&agent);
     let serving = tokio::spawn(channel::serve(tickets.clone(), shutdown.clone()));
-    let ready = || {
-        // Without systemd there is nobody to tell.
-        drop(sd_notify::notify(&[sd_notify::NotifyState::Ready]));
-        tracing::info!("ready");
-    };
-    let service = service::run(client.clone(), agent, ops.clone(), tickets, shutdown.clone(), ready);
+    let service =
+        service::run(client.clone(), agent, ops.clone(), tickets, shutdown.clone(), bothy_daemon::ready);
     // Without either of the two the agent is of no use, so the end of one is that of the other.
     let service = async {
         let done = service.await;
