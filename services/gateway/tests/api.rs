@@ -332,7 +332,7 @@ async fn a_late_watcher_sees_all_stages_and_the_error_at_the_end() {
     assert_eq!(out.status.code(), Some(125), "{text}");
     insta::assert_snapshot!(text, @r"
       launch_vmm            12 ms  with \u{1b}[2J in it
-    error: web: launch_vmm: no memory
+    error: launch_vmm: no memory
       hint: ask for less
     ");
     assert_eq!(*host.changes.lock().unwrap(), [format!("stop {}", host.vms[0].id)]);
