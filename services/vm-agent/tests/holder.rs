@@ -6,6 +6,7 @@ use bothy_testkit::TempDir;
 use bothy_vm_agent::vmm::{
     LaunchSpec, Verb,
     holder::Holder,
+    launching,
     wire::{self, HolderHandle, State},
 };
 use nix::{
@@ -81,7 +82,8 @@ impl Host {
     }
 
     async fn launch(&self, spec: &LaunchSpec) -> (Holder, HolderHandle) {
-        let (holder, handle) = timeout(LONG, Holder::launch(program(), spec)).await.unwrap().unwrap();
+        let (holder, running) = timeout(LONG, Holder::launch(program(), spec)).await.unwrap().unwrap();
+        let handle = running.handle;
         self.started.borrow_mut().push(handle);
         (holder, handle)
     }
@@ -184,8 +186,9 @@ async fn no_vmm_outlives_its_holder_and_a_holder_outlives_whoever_launched_it() 
     let spec = host.spec();
     let file = host.dir.path().join("spec.json");
     fs_err::write(&file, serde_json::to_vec(&spec).unwrap()).unwrap();
+    launching::prepare(&spec.dir).unwrap();
     let mut agent = tokio::process::Command::new("sh")
-        .args(["-c", "\"$0\" launch < \"$1\"; exec sleep 1000"])
+        .args(["-c", "\"$0\" launch --parent=$$ < \"$1\"; exec sleep 1000"])
         .arg(program())
         .arg(&file)
         .stdout(Stdio::piped())
@@ -197,7 +200,9 @@ async fn no_vmm_outlives_its_holder_and_a_holder_outlives_whoever_launched_it() 
     while said.last() != Some(&b'\n') {
         said.push(timeout(LONG, stdout.read_u8()).await.unwrap().unwrap());
     }
-    let wire::Launched::Running(handle) = serde_json::from_slice(&said).unwrap() else { panic!("{said:?}") };
+    let wire::Launched::Running(wire::Running { handle, .. }) = serde_json::from_slice(&said).unwrap() else {
+        panic!("{said:?}")
+    };
     host.started.borrow_mut().push(handle);
     kill(Pid::from_raw(-i32::try_from(agent.id().unwrap()).unwrap()), Signal::SIGKILL).unwrap();
     agent.wait().await.unwrap();
@@ -291,4 +296,109 @@ async fn requests_that_make_no_sense_are_refused_and_callers_that_leave_cost_not
     assert!(err.message.contains("listens there instead of"), "{err}");
     holder.kill(15).await.unwrap();
     gone(handle).await;
+}
+
+#[tokio::test]
+async fn a_launch_whose_agent_is_gone_refuses() {
+    bothy_testkit::require_root!();
+    let host = Host::new();
+    let spec = host.spec();
+    launching::prepare(&spec.dir).unwrap();
+    // The agent holds the lock as one that undoes does, so that the launch waits; meanwhile its parent, the first shell's
+    // process group leader, ends.
+    let holder = Holder::new(&spec.dir, UID);
+    let quiet = holder.quiet().await.unwrap().unwrap();
+    let (file, said) = (host.dir.path().join("spec.json"), host.dir.path().join("said"));
+    fs_err::write(&file, serde_json::to_vec(&spec).unwrap()).unwrap();
+    let parent = tokio::process::Command::new("sh")
+        .args(["-c", "\"$0\" launch --parent=$$ < \"$1\" > \"$2\" & exit 0"])
+        .args([program(), &file, &said])
+        .status();
+    assert!(timeout(LONG, parent).await.unwrap().unwrap().success());
+    drop(quiet);
+    let word = timeout(LONG, async {
+        loop {
+            if let Ok(word) = serde_json::from_slice(&fs_err::read(&said).unwrap_or_default()) {
+                return word;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await
+    .unwrap();
+    let wire::Launched::Failed(err) = word else { panic!("it was launched: {word:?}") };
+    assert!(
+        err.code == Code::FailedPrecondition && err.message.contains("which asked for it, is gone"),
+        "{err}"
+    );
+    assert!(!spec.dir.exists());
+    // Undone before it began: there is no lock file, and it makes none.
+    holder.quiet().await.unwrap().unwrap().remove().unwrap();
+    let mut late = tokio::process::Command::new(program())
+        .args(["launch", &format!("--parent={}", std::process::id())])
+        .stdin(fs_err::File::open(&file).unwrap().into_parts().0)
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    assert!(!timeout(LONG, late.wait()).await.unwrap().unwrap().success());
+    assert!(!spec.dir.exists() && !launching::lock_path(&spec.dir).exists());
+}
+
+/// What the agent's undo does, on a launch that is cut off from its agent at its most awkward moment: after it has begun,
+/// before its VMM answers.
+#[tokio::test]
+async fn an_undo_waits_for_the_launch_under_way_and_leaves_nothing() {
+    bothy_testkit::require_root!();
+    let host = Host::new();
+    let mut spec = host.spec();
+    // A VMM that hesitates until it is told to go on: it has begun, and shows that by a file.
+    let (begun, go) = (spec.dir.join("vmm.log.begun"), spec.dir.join("vmm.log.go"));
+    let wait = r#": > "$0"; until [ -e "$1" ]; do sleep 0.02; done; shift; exec "$@""#;
+    let mut argv = vec!["sh".into(), "-c".into(), wait.into()];
+    argv.extend([begun.display().to_string(), go.display().to_string()]);
+    argv.append(&mut spec.argv);
+    spec.argv = argv;
+    launching::prepare(&spec.dir).unwrap();
+    let file = host.dir.path().join("spec.json");
+    fs_err::write(&file, serde_json::to_vec(&spec).unwrap()).unwrap();
+    // The agent and its `launch` die together; the holder, in a session of its own, goes on.
+    let mut agent = tokio::process::Command::new("sh")
+        .args(["-c", "\"$0\" launch --parent=$$ < \"$1\"; exit 0"])
+        .arg(program())
+        .arg(&file)
+        .stdout(Stdio::null())
+        .process_group(0)
+        .spawn()
+        .unwrap();
+    timeout(LONG, async {
+        while !begun.exists() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await
+    .unwrap();
+    kill(Pid::from_raw(-i32::try_from(agent.id().unwrap()).unwrap()), Signal::SIGKILL).unwrap();
+    agent.wait().await.unwrap();
+
+    let holder = Holder::new(&spec.dir, UID);
+    let undo = async {
+        let quiet = holder.quiet().await.unwrap().expect("the launch's lock file");
+        let handle = holder.status().await.expect("the holder is found").handle;
+        host.started.borrow_mut().push(handle);
+        assert!(handle.vmm.is_alive());
+        holder.kill(9).await.unwrap();
+        gone(handle).await;
+        fs_err::remove_dir_all(&spec.dir).unwrap();
+        quiet.remove().unwrap();
+        handle
+    };
+    let on = async {
+        // The undo is not through, however long the VMM takes.
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert!(spec.dir.exists() && launching::lock_path(&spec.dir).exists());
+        fs_err::write(&go, "").unwrap();
+    };
+    let (handle, ()) = timeout(LONG, async { tokio::join!(undo, on) }).await.unwrap();
+    assert!(!handle.holder.is_alive() && !handle.vmm.is_alive());
+    assert!(!spec.dir.exists() && !launching::lock_path(&spec.dir).exists());
 }

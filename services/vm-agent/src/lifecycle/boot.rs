@@ -21,7 +21,11 @@ use bothy_contract::{
     workspace::{Identity, SyncIdentity},
 };
 use bothy_ops::{Graph, Op, StageCx, UndoCx};
-use bothy_vm_agent::vmm::{Accel, Driver, VmPlan, holder::Holder, wire::HolderHandle};
+use bothy_vm_agent::vmm::{
+    Accel, Driver, VmPlan,
+    holder::Holder,
+    wire::{self, HolderHandle},
+};
 use serde::{Deserialize, Serialize};
 use std::{os::unix::fs::MetadataExt, time::Duration};
 
@@ -185,12 +189,16 @@ async fn launch(
     lease: Lease,
     (rootfs, work): (Rootfs, WorkDisk),
 ) -> Result<HolderHandle, Error> {
+    let begun = wire::monotonic_now()?;
     let finding = agent.accel(&boot).await?.clone();
     let vmm = format!("{} ({})", agent.driver.name(), finding.accel);
-    // A crash may have come after the launch: then the holder says so itself.
-    let there = agent.holder(vm, &lease).status().await.ok().map(|s| s.handle).filter(|h| h.vmm.is_alive());
-    let handle = match there {
-        Some(handle) => handle,
+    // A crash may have come after the launch, or while it was under way: then the holder says so itself, once it is done.
+    let holder = agent.holder(vm, &lease);
+    let quiet = holder.quiet().await?;
+    let there = holder.status().await.ok().map(|s| s.handle).filter(|h| h.vmm.is_alive());
+    drop(quiet);
+    let (handle, started) = match there {
+        Some(handle) => (handle, None),
         None => {
             let groups = match finding.accel {
                 Accel::Kvm => kvm_group()?.into_iter().collect(),
@@ -215,7 +223,8 @@ async fn launch(
                 tsc_khz: agent.tsc_khz,
             };
             let launch = agent.driver.launch_spec(&plan)?;
-            Holder::launch(&agent.program, &launch).await?.1
+            let (_, running) = Holder::launch(&agent.program, &launch).await?;
+            (running.handle, Some(running.vmm_started))
         }
     };
     let kept = vmm.clone();
@@ -226,7 +235,15 @@ async fn launch(
         })
         .await?;
     watch::watch(&agent, vm, handle);
-    cx.note(format!("{vmm}, process {}", handle.vmm.pid));
+    let process = format!("{vmm}, process {}", handle.vmm.pid);
+    cx.note(match started {
+        // Since the stage began. The benchmark reads this number.
+        Some(started) => {
+            format!("{process}, started after {} ms", started.saturating_sub(begun).as_millis())
+        }
+        // By an earlier run of this stage, which the agent did not survive.
+        None => process,
+    });
     Ok(handle)
 }
 
@@ -251,8 +268,7 @@ fn group_for(gid: u32, mode: u32) -> Result<Option<u32>, Error> {
 }
 
 async fn unlaunch(agent: Agent, _: UndoCx, vm: VmId) -> Result<(), Error> {
-    agent.kill(vm).await?;
-    files::remove_tree(&agent.config.holder_dir(vm))
+    agent.remove_holder(vm).await
 }
 
 async fn wait_guest(

@@ -127,7 +127,7 @@ pub(crate) fn delete(agent: &Agent, op: &Op) -> Result<Graph, Error> {
     });
     let a = agent.clone();
     g.stage("remove_files", dead, move |_, ()| async move {
-        files::remove_tree(&a.config.holder_dir(vm))?;
+        a.remove_holder(vm).await?;
         files::remove_vm(&a.state_dir(), vm)
     });
     Ok(g)

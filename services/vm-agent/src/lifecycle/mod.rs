@@ -37,13 +37,19 @@ pub(crate) use watch::recover;
 use crate::store::{self, Vm};
 use bothy_bus::Client;
 use bothy_config::Config;
-use bothy_contract::{Code, Error, Service, VmId, image::BootSet, net::Lease};
+use bothy_contract::{
+    Code, Error, ImageName, Service, VmId,
+    image::{BootSet, ImageRef},
+    methods::ImageResolve,
+    net::Lease,
+};
 use bothy_db::Db;
 use bothy_vm_agent::vmm::{
     Driver, QemuMicrovm,
     accel::{self, Finding, Trial},
     clock,
     holder::{self, Holder},
+    launching::Quiet,
     wire::HolderHandle,
 };
 use fs_err as fs;
@@ -121,6 +127,17 @@ impl Agent {
             .await
     }
 
+    /// Finds out how guests are run here before the first create asks, so that none waits for the trial. Without an image
+    /// there is nothing to try it on yet; the first create does it then.
+    pub(crate) async fn try_kvm(self) {
+        let image = ImageRef { image: ImageName::default_image() };
+        let tried = async { self.accel(&self.bus.call::<ImageResolve>(&image).await?).await.cloned() };
+        match tried.await {
+            Ok(finding) => tracing::info!(accelerator = %finding.accel, "guests can be run"),
+            Err(error) => tracing::debug!(%error, "not tried yet how guests can be run"),
+        }
+    }
+
     /// What was found out about KVM so far.
     pub(crate) fn known_accel(&self) -> Option<&Finding> {
         self.accel.get()
@@ -145,20 +162,40 @@ impl Agent {
         Holder::new(self.config.holder_dir(vm), lease.uid)
     }
 
-    /// Kills the VMM of `vm`, if there is one, and waits until it and its holder are gone. Believes the socket where the row
-    /// has no handle: a crash may have come between the launch and the row.
+    /// Kills the VMM of `vm`, if there is one, and waits until it and its holder are gone.
     async fn kill(&self, vm: VmId) -> Result<(), Error> {
+        self.quieten(vm).await.map(drop)
+    }
+
+    /// Kills the VMM of `vm`, if there is one, and removes the holder's directory and lock file.
+    async fn remove_holder(&self, vm: VmId) -> Result<(), Error> {
+        // Kept to the end: nothing may move in between the look and the removal.
+        let quiet = self.quieten(vm).await?;
+        files::remove_tree(&self.config.holder_dir(vm))?;
+        quiet.map_or(Ok(()), Quiet::remove)
+    }
+
+    /// Kills the VMM of `vm`, if there is one, waits until it and its holder are gone, and lets no launch begin while the
+    /// result lives. First by the handle in the row, then by what answers on the socket once no launch is under way: a
+    /// crash may have come between the launch and the row.
+    async fn quieten(&self, vm: VmId) -> Result<Option<Quiet>, Error> {
         let row = self.vm(vm).await?;
-        let Some(lease) = row.record.lease.as_ref() else { return Ok(()) };
+        // Without a lease nothing was ever launched.
+        let Some(lease) = row.record.lease.as_ref() else { return Ok(None) };
         let holder = self.holder(vm, lease);
-        let handle = match row.handle {
-            Some(handle) => handle,
-            None if !holder.dir().exists() => return Ok(()),
-            None => match holder.status().await {
-                Ok(status) => status.handle,
-                Err(_) => return Ok(()),
-            },
-        };
+        if let Some(handle) = row.handle {
+            self.kill_vmm(vm, &holder, handle).await?;
+        }
+        let quiet = holder.quiet().await?;
+        if let Ok(status) = holder.status().await
+            && row.handle != Some(status.handle)
+        {
+            self.kill_vmm(vm, &holder, status.handle).await?;
+        }
+        Ok(quiet)
+    }
+
+    async fn kill_vmm(&self, vm: VmId, holder: &Holder, handle: HolderHandle) -> Result<(), Error> {
         if handle.vmm.is_alive() {
             // It may end between the look and the signal.
             if let Err(e) = holder.kill(SIGKILL).await

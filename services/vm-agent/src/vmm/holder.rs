@@ -4,7 +4,8 @@
 
 use super::{
     Verb,
-    wire::{self, HolderHandle, LaunchSpec, Launched, MAX_LINE, Process, Status},
+    launching::{self, Quiet},
+    wire::{self, HolderHandle, LaunchSpec, Launched, MAX_LINE, Process, Running, Status},
 };
 use bothy_contract::{Code, Error, vm::ExitRecord};
 use std::{
@@ -46,17 +47,19 @@ impl Holder {
 
     /// Starts a holder and its VMM: `program` is `bothy-vmm`. Once this returns, the VMM answers, and lives on whatever
     /// happens to the caller. Where it fails, nothing runs. It is not cancelled by dropping: the holder may then live, and
-    /// shows by its socket.
+    /// shows by its socket once [`Holder::quiet`] returns.
     ///
     /// # Errors
     /// What `bothy-vmm` or the VMM said.
-    pub async fn launch(program: &Path, spec: &LaunchSpec) -> Result<(Self, HolderHandle), Error> {
+    pub async fn launch(program: &Path, spec: &LaunchSpec) -> Result<(Self, Running), Error> {
         spec.check()?;
+        launching::prepare(&spec.dir)?;
         let failed = |what: &str, err: &dyn std::fmt::Display| {
             Error::new(Code::Internal, format!("cannot {what} {}: {err}", program.display()))
         };
         let mut child = tokio::process::Command::new(program)
             .arg("launch")
+            .arg(format!("--parent={}", std::process::id()))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit())
@@ -79,10 +82,22 @@ impl Holder {
             .map_err(|_| failed("wait for", &"it did not answer in time"))?
             .map_err(|e| failed("talk to", &e))?;
         match serde_json::from_slice(&answer) {
-            Ok(Launched::Running(handle)) => Ok((Self::new(&spec.dir, spec.uid), handle)),
+            Ok(Launched::Running(running)) => Ok((Self::new(&spec.dir, spec.uid), running)),
             Ok(Launched::Failed(err)) => Err(err),
             Err(err) => Err(failed("understand", &err)),
         }
+    }
+
+    /// Waits until no launch of this holder is under way, and lets none begin while the result lives: what is found then is
+    /// all there is. `None` where none can begin anyhow.
+    ///
+    /// # Errors
+    /// As for [`launching::wait`].
+    pub async fn quiet(&self) -> Result<Option<Quiet>, Error> {
+        let dir = self.dir.clone();
+        tokio::task::spawn_blocking(move || launching::wait(&dir))
+            .await
+            .map_err(|e| Error::internal("cannot wait for a launch", &e))?
     }
 
     /// The holder's directory.

@@ -2,11 +2,12 @@
 //!
 //! A [`Driver`] is pure: it turns a [`VmPlan`] into a [`LaunchSpec`] and its verbs into [`Verb`]s. The process is kept by
 //! a holder (`bothy-vmm`), which [`holder::Holder`] starts, finds again and talks to; so nothing here is lost with the
-//! agent. [`accel`] finds out how guests can be run on this host, [`clock`] how fast its time-stamp counter runs.
+//! agent; [`launching`] keeps a launch and its undo apart. [`accel`] finds out how guests can be run on this host, [`clock`] how fast its time-stamp counter runs.
 
 pub mod accel;
 pub mod clock;
 pub mod holder;
+pub mod launching;
 pub mod qemu;
 pub mod wire;
 

@@ -5,7 +5,10 @@
 
 use bothy_contract::{Error, VmId, vm::ExitRecord};
 use serde::{Deserialize, Serialize};
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 /// Where the holder answers.
 pub const HOLDER_SOCKET: &str = "holder.sock";
@@ -118,9 +121,30 @@ fn start_time(pid: u32) -> Option<u64> {
 #[serde(rename_all = "snake_case")]
 pub enum Launched {
     /// The holder listens and the VMM answers.
-    Running(HolderHandle),
+    Running(Running),
     /// Nothing runs.
     Failed(Error),
+}
+
+/// A launch that came through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Running {
+    /// Holder and VMM.
+    #[serde(flatten)]
+    pub handle: HolderHandle,
+    /// When the VMM's process was there, as [`monotonic_now`] tells time: before it is ready, and before the launch is done.
+    pub vmm_started: Duration,
+}
+
+/// The time since a moment that all processes of this boot of the host have in common, not counting suspension: what one
+/// process has read another may compare (CLOCK_MONOTONIC, clock_gettime(2)).
+///
+/// # Errors
+/// The kernel has no such clock.
+pub fn monotonic_now() -> Result<Duration, Error> {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
+        .map(Duration::from)
+        .map_err(|e| Error::internal("cannot read the clock", &e))
 }
 
 /// A holder and its VMM. Keep it: it is how a restarted agent knows them again.

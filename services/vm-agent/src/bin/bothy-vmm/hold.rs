@@ -1,6 +1,7 @@
 //! The holder: starts the VMM, keeps what must not break, and writes down how it ended.
 
 use crate::{
+    lock,
     log::Log,
     os_error,
     qmp::Qmp,
@@ -9,7 +10,7 @@ use crate::{
 };
 use bothy_channel::host::Connector;
 use bothy_contract::{Code, Error, vm::ExitRecord};
-use bothy_vm_agent::vmm::wire::{self, HolderHandle, LaunchSpec, Launched, MAX_LINE, Process};
+use bothy_vm_agent::vmm::wire::{self, HolderHandle, LaunchSpec, Launched, MAX_LINE, Process, Running};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -17,7 +18,10 @@ use nix::{
 use std::{
     cell::{Cell, RefCell},
     io::{Read, Write},
-    os::unix::{fs::PermissionsExt, process::ExitStatusExt},
+    os::{
+        fd::OwnedFd,
+        unix::{fs::PermissionsExt, process::ExitStatusExt},
+    },
     path::Path,
     process::{ExitCode, ExitStatus, Stdio},
     rc::Rc,
@@ -39,12 +43,17 @@ const GRACE: Duration = Duration::from_secs(2);
 const DRAIN: Duration = Duration::from_secs(1);
 
 /// Holds the VM specified on standard input; the first word on standard output says whether it runs.
-pub(crate) fn run() -> ExitCode {
+pub(crate) fn run(lock: i32) -> ExitCode {
+    // Before anything else is opened or started.
+    let lock = match lock::inherited(lock) {
+        Ok(lock) => lock,
+        Err(err) => return say(&Launched::Failed(os_error("cannot inherit the launch's lock")(err))),
+    };
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(err) => return say(&Launched::Failed(os_error("cannot start the holder")(err))),
     };
-    match tokio::task::LocalSet::new().block_on(&runtime, hold()) {
+    match tokio::task::LocalSet::new().block_on(&runtime, hold(lock)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failed::Start(err)) => say(&Launched::Failed(err)),
         Err(Failed::Later(err)) => {
@@ -88,7 +97,7 @@ struct Connections {
     bulk: UnixStream,
 }
 
-async fn hold() -> Result<(), Failed> {
+async fn hold(lock: OwnedFd) -> Result<(), Failed> {
     // Out of the agent's session: a hang-up or interrupt meant for the agent does not come here.
     nix::unistd::setsid().map_err(|e| Error::internal("cannot begin a session", &e))?;
     let mut terminate = signal(SignalKind::terminate()).map_err(os_error("cannot wait for signals"))?;
@@ -96,6 +105,7 @@ async fn hold() -> Result<(), Failed> {
     let spec = read_spec()?;
     let sockets = listen(&spec.dir)?;
     let mut vmm = start(&spec)?;
+    let vmm_started = wire::monotonic_now()?;
     let connections = tokio::select! {
         connected = tokio::time::timeout(START, accept(&sockets)) => match connected {
             Ok(Ok(connections)) => connections,
@@ -117,7 +127,9 @@ async fn hold() -> Result<(), Failed> {
         opened: Cell::new(0),
     });
     let serving = tokio::task::spawn_local(serve::serve(sockets.holder, vm.clone()));
-    say(&Launched::Running(handle));
+    say(&Launched::Running(Running { handle, vmm_started }));
+    // From here on whoever looks finds this holder.
+    drop(lock);
     silence().map_err(Failed::Later)?;
 
     let status = tokio::select! {

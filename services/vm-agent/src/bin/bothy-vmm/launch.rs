@@ -2,7 +2,10 @@
 
 use crate::{os_error, tap::Tap};
 use bothy_contract::{Code, Error};
-use bothy_vm_agent::vmm::wire::{self, LaunchSpec, Launched, MAX_LINE};
+use bothy_vm_agent::vmm::{
+    launching,
+    wire::{self, LaunchSpec, Launched, MAX_LINE},
+};
 use fs_err::os::unix::fs::OpenOptionsExt;
 use nix::{
     sys::stat::{Mode, umask},
@@ -10,20 +13,23 @@ use nix::{
 };
 use std::{
     io::{Read, Write},
-    os::unix::{
-        fs::{DirBuilderExt, FileTypeExt, PermissionsExt},
-        process::CommandExt,
+    os::{
+        fd::AsRawFd,
+        unix::{
+            fs::{DirBuilderExt, FileTypeExt, PermissionsExt},
+            process::CommandExt,
+        },
     },
     path::Path,
     process::{Command, Stdio},
 };
 
 /// Does all of it; what went wrong is in the outcome.
-pub(crate) fn run() -> Launched {
-    launch().unwrap_or_else(Launched::Failed)
+pub(crate) fn run(parent: i32) -> Launched {
+    launch(parent).unwrap_or_else(Launched::Failed)
 }
 
-fn launch() -> Result<Launched, Error> {
+fn launch(parent: i32) -> Result<Launched, Error> {
     let mut text = Vec::new();
     std::io::stdin()
         .take(MAX_LINE as u64)
@@ -32,6 +38,7 @@ fn launch() -> Result<Launched, Error> {
     let mut spec: LaunchSpec = serde_json::from_slice(&text)
         .map_err(|e| Error::invalid(format!("standard input is not a launch specification: {e}")))?;
     spec.check()?;
+    let lock = launching::take(&spec.dir, parent)?;
     let tap = spec.tap.is_some().then(Tap::open).transpose()?;
     make_directory(&spec)?;
     become_user(&spec)?;
@@ -43,7 +50,7 @@ fn launch() -> Result<Launched, Error> {
     }
     let text = serde_json::to_vec(&spec)
         .map_err(|e| Error::internal("cannot write the launch specification", &e))?;
-    start(&spec, &text)
+    start(&spec, &text, &lock)
 }
 
 /// Makes the directory anew: it is the VM's user's and the agent's group's, others may nothing.
@@ -110,8 +117,8 @@ fn become_user(spec: &LaunchSpec) -> Result<(), Error> {
     Ok(())
 }
 
-/// Starts `hold` and passes on its first word.
-fn start(spec: &LaunchSpec, text: &[u8]) -> Result<Launched, Error> {
+/// Starts `hold`, which gets the lock as well, and passes on its first word.
+fn start(spec: &LaunchSpec, text: &[u8], lock: &fs_err::File) -> Result<Launched, Error> {
     let log = spec.dir.join(wire::VMM_LOG);
     let stderr = fs_err::OpenOptions::new()
         .append(true)
@@ -120,9 +127,12 @@ fn start(spec: &LaunchSpec, text: &[u8]) -> Result<Launched, Error> {
         .open(&log)
         .map_err(os_error("cannot open the VMM's log"))?;
     let path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/local/bin:/usr/bin:/bin".into());
+    // A duplicate is not closed by exec(2); and should this process die here, the lock lives on in the other.
+    let lock = nix::unistd::dup(lock).map_err(|e| Error::internal("cannot pass on the launch's lock", &e))?;
     let mut hold = Command::new("/proc/self/exe")
         .arg0("bothy-vmm")
         .arg("hold")
+        .arg(format!("--lock={}", lock.as_raw_fd()))
         .env_clear()
         .env("PATH", path)
         .current_dir("/")

@@ -1,7 +1,7 @@
 //! `bothy-vmm`: keeps one VM's VMM, as the VM's own user, for exactly as long as the VM lives.
 //!
 //! ```text
-//! vm-agent -- bothy-vmm launch        makes the directory, becomes the VM's user, waits for the first word, exits
+//! vm-agent -- bothy-vmm launch        takes the launch's lock, makes the directory, becomes the VM's user, waits for the first word, exits
 //!                  '-- bothy-vmm hold         a session of its own; answers on holder.sock; soon a child of init
 //!                           '-- bothy-vmm exec     asks the kernel to kill it with its parent, then becomes the VMM
 //! ```
@@ -10,6 +10,7 @@
 mod exec;
 mod hold;
 mod launch;
+mod lock;
 mod log;
 mod qmp;
 mod serve;
@@ -30,9 +31,17 @@ struct Args {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Starts a holder from the launch specification on standard input, and prints one line of JSON
-    Launch,
+    Launch {
+        /// Who runs this: without it as its parent, nothing is launched
+        #[arg(long)]
+        parent: i32,
+    },
     /// The holder itself
-    Hold,
+    Hold {
+        /// The number of an inherited descriptor, the launch's lock
+        #[arg(long)]
+        lock: i32,
+    },
     /// Becomes the VMM
     Exec {
         /// The holder's process id
@@ -46,11 +55,11 @@ enum Command {
 
 fn main() -> ExitCode {
     match Args::parse().command {
-        Command::Launch => {
-            let launched = launch::run();
+        Command::Launch { parent } => {
+            let launched = launch::run(parent);
             say(&launched)
         }
-        Command::Hold => hold::run(),
+        Command::Hold { lock } => hold::run(lock),
         Command::Exec { parent, argv } => exec::run(parent, &argv),
     }
 }

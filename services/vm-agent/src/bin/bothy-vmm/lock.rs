@@ -1,0 +1,22 @@
+//! The launch's lock as `hold` gets it: by the number of an inherited descriptor.
+
+use std::{
+    io,
+    os::fd::{FromRawFd, OwnedFd},
+};
+
+/// Owns the inherited descriptor `number`, and keeps it from the VMM.
+pub(crate) fn inherited(number: i32) -> io::Result<OwnedFd> {
+    // Standard streams have owners.
+    if number <= 2 {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // It is open, or this says that it is not.
+    fs_err::symlink_metadata(format!("/proc/self/fd/{number}"))?;
+    #[expect(unsafe_code, reason = "no safe way leads from a number to a descriptor")]
+    // SAFETY: the descriptor is open, as was just seen, and `launch` duplicated it for this process alone: nothing has
+    // opened or closed anything here yet that could own it.
+    let lock = unsafe { OwnedFd::from_raw_fd(number) };
+    rustix::io::fcntl_setfd(&lock, rustix::io::FdFlags::CLOEXEC)?;
+    Ok(lock)
+}
