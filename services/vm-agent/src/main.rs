@@ -44,6 +44,7 @@ async fn run(args: Args, shutdown: CancellationToken) -> Result<(), Error> {
     let ops = Ops::new(db, Service::Vm, Arc::new(VmKinds::new(agent.clone())));
     ops.publish_to(Arc::new(client.clone()));
     ops.resume().await?;
+    tokio::spawn(agent.clone().try_kvm());
     let tickets = channel::tickets(&agent);
     let serving = tokio::spawn(channel::serve(tickets.clone(), shutdown.clone()));
     let service =
