@@ -32,11 +32,15 @@ fn median(values: &[f64]) -> f64 {
     if sorted.len() % 2 == 1 { sorted[middle] } else { f64::midpoint(sorted[middle - 1], sorted[middle]) }
 }
 
-/// Where a stage of an operation ended, in milliseconds from its acceptance.
-fn stage_end(op: &serde_json::Value, name: &str) -> f64 {
+/// When the VMM's process was started, in milliseconds from the operation's acceptance: the stage's begin, and what its
+/// note says of the time since then.
+fn vmm_started(op: &serde_json::Value) -> f64 {
     let stages = op["stages"].as_array().expect("stages");
-    let stage = stages.iter().find(|s| s["name"] == name).expect("the stage");
-    (stage["started_us"].as_f64().expect("a start") + stage["took_us"].as_f64().expect("a time")) / 1e3
+    let stage = stages.iter().find(|s| s["name"] == "launch_vmm").expect("the stage");
+    let note = stage["note"].as_str().expect("its note");
+    let after = note.split("started after ").nth(1).and_then(|rest| rest.split(' ').next());
+    stage["started_us"].as_f64().expect("a start") / 1e3
+        + after.and_then(|ms| ms.parse().ok()).unwrap_or(f64::NAN)
 }
 
 fn create(pairs: usize) {
@@ -67,7 +71,7 @@ fn create(pairs: usize) {
             .iter()
             .find(|op| op["subject"] == name.as_str())
             .expect("its op");
-        let launched = stage_end(op, "launch_vmm");
+        let launched = vmm_started(op);
         host.bothy(["vm", "delete", &name, "--force"]).ok();
 
         pristine(&image, &disks);
