@@ -12,7 +12,7 @@ use std::{
 };
 
 /// Programs, or files where there is no program, with the package they are in.
-const NEEDED: [(&str, &str); 10] = [
+const NEEDED: [(&str, &str); 15] = [
     ("mmdebstrap", "mmdebstrap"),
     ("mkfs.ext4", "e2fsprogs"),
     ("dpkg-deb", "dpkg"),
@@ -23,6 +23,12 @@ const NEEDED: [(&str, &str); 10] = [
     ("systemd-analyze", "systemd"),
     ("/usr/share/keyrings/debian-archive-keyring.gpg", "debian-archive-keyring"),
     ("libnftables.so.1", "libnftables1"),
+    // What tests look at the host with, to have a second opinion.
+    ("nft", "nftables"),
+    ("ip", "iproute2"),
+    ("losetup", "mount"),
+    ("script", "bsdutils"),
+    ("python3", "python3"),
 ];
 /// Where the libraries are.
 const LIBRARIES: [&str; 4] =
