@@ -193,8 +193,12 @@ pub(crate) mod tests {
         refused("work-seed.ext4 is torn: 4 bytes of 10");
         fs_err::remove_file(&seed).unwrap();
         refused("work-seed.ext4 is missing");
-        std::os::unix::fs::symlink("/etc/passwd", &seed).unwrap();
+        // A link is not followed: it is judged by its own length, whatever lies behind it.
+        let behind = dir.path().join("behind");
+        fs_err::write(&behind, [0; 10]).unwrap();
+        std::os::unix::fs::symlink(&behind, &seed).unwrap();
         refused("work-seed.ext4 is torn");
+        fs_err::remove_file(&seed).unwrap();
         let mut evil = plant(&store, "a", 10);
         evil.artifacts.get_mut("kernel").unwrap().file = "../../x".into();
         let path = store.dir_of(&name).join("manifest.json");
