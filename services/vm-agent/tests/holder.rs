@@ -143,6 +143,14 @@ async fn a_holder_keeps_a_vmm_as_the_vms_user_and_records_its_end() {
             ["CapPrm:", "CapAmb:"].iter().all(|set| status_field(process, set).trim_matches('0').is_empty())
         );
     }
+    // A guest can make its holder take so much memory and no more; the VMM itself is not bounded.
+    let memory = |process: u32| {
+        let limits = fs_err::read_to_string(format!("/proc/{process}/limits")).unwrap();
+        let line = limits.lines().find(|l| l.starts_with("Max data size")).unwrap().to_owned();
+        line.split_whitespace().nth(3).unwrap().to_owned()
+    };
+    assert_eq!(memory(handle.holder.pid), (512 << 20).to_string());
+    assert_eq!(memory(handle.vmm.pid), memory(std::process::id()));
     // Its socket is for the agent's group, and the directory for nobody else.
     let meta = fs_err::metadata(&spec.dir).unwrap();
     assert_eq!((meta.mode() & 0o7777, meta.uid(), meta.gid()), (0o2770, UID, 0));

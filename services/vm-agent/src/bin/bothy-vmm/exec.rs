@@ -1,5 +1,6 @@
 //! Becoming the VMM.
 
+use crate::memory;
 use nix::sys::{prctl, signal::Signal};
 use std::{
     io::Write,
@@ -22,6 +23,9 @@ fn become_vmm(parent: i32, argv: &[String]) -> String {
     // The parent may have died before that call; then the signal never comes (prctl(2)).
     if nix::unistd::getppid().as_raw() != parent {
         return "the holder is gone".into();
+    }
+    if let Err(err) = memory::unbound() {
+        return format!("cannot lift the holder's limit of memory: {err}");
     }
     let Some((program, args)) = argv.split_first() else { return "no program is given".into() };
     let err = Command::new(program).args(args).exec();

@@ -3,7 +3,7 @@
 use crate::{
     lock,
     log::Log,
-    os_error,
+    memory, os_error,
     qmp::Qmp,
     say,
     serve::{self, Vm},
@@ -100,6 +100,7 @@ struct Connections {
 async fn hold(lock: OwnedFd) -> Result<(), Failed> {
     // Out of the agent's session: a hang-up or interrupt meant for the agent does not come here.
     nix::unistd::setsid().map_err(|e| Error::internal("cannot begin a session", &e))?;
+    memory::bound()?;
     let mut terminate = signal(SignalKind::terminate()).map_err(os_error("cannot wait for signals"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(os_error("cannot wait for signals"))?;
     let spec = read_spec()?;

@@ -12,6 +12,7 @@ mod hold;
 mod launch;
 mod lock;
 mod log;
+mod memory;
 mod qmp;
 mod serve;
 mod tap;
