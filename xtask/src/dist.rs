@@ -48,13 +48,20 @@ fn replace(from: &Path, to: &Path) -> Result<(), Failure> {
     Ok(fs::rename(&beside, to)?)
 }
 
+/// Links stay links: a recipe's tree has some that lead nowhere but in a guest.
 fn copy_tree(from: &Path, to: &Path) -> Result<(), Failure> {
     fs::create_dir_all(to)?;
     for entry in fs::read_dir(from)? {
         let entry = entry?;
         let target = to.join(entry.file_name());
-        if entry.file_type()?.is_dir() {
+        let kind = entry.file_type()?;
+        if kind.is_dir() {
             copy_tree(&entry.path(), &target)?;
+        } else if kind.is_symlink() {
+            if target.is_symlink() {
+                fs::remove_file(&target)?;
+            }
+            std::os::unix::fs::symlink(fs::read_link(entry.path())?, &target)?;
         } else {
             fs::copy(entry.path(), target)?;
         }
