@@ -27,6 +27,8 @@ pub(crate) fn run() -> Result<(), Failure> {
     for dir in ["bin", "libexec/bothy", "share/bothy"] {
         fs::create_dir_all(dist.join(dir))?;
     }
+    // What a recipe no longer has must not stay in an image built from here.
+    fs::remove_dir_all(dist.join("share/bothy"))?;
     for name in BINARIES {
         replace(&target().join("release").join(name), &dist.join("bin").join(name))?;
     }
@@ -58,10 +60,7 @@ fn copy_tree(from: &Path, to: &Path) -> Result<(), Failure> {
         if kind.is_dir() {
             copy_tree(&entry.path(), &target)?;
         } else if kind.is_symlink() {
-            if target.is_symlink() {
-                fs::remove_file(&target)?;
-            }
-            std::os::unix::fs::symlink(fs::read_link(entry.path())?, &target)?;
+            fs::os::unix::fs::symlink(fs::read_link(entry.path())?, &target)?;
         } else {
             fs::copy(entry.path(), target)?;
         }
