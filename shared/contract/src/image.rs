@@ -148,7 +148,7 @@ pub struct PrepareWorkDisk {
 pub struct WorkDisk {
     /// The disk.
     pub path: PathBuf,
-    /// How it was made: `reflink` or `copy`.
+    /// How it was made: `reflink` or `copy`; `kept` where it was there already.
     pub how: String,
 }
 

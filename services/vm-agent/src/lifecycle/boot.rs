@@ -109,7 +109,10 @@ pub(crate) fn graph(agent: &Agent, op: &Op, mode: Mode) -> Result<Graph, Error> 
                     work_mib,
                 })
                 .await?;
-            cx.note(format!("work-seed cloned by {}", disk.how));
+            cx.note(match disk.how.as_str() {
+                "kept" => "the disk that was there".to_owned(),
+                how => format!("work-seed cloned by {how}"),
+            });
             Ok(disk)
         },
         move |_| unmake_disks(undo.clone(), vm, making),
