@@ -49,22 +49,10 @@ mod tests {
     };
 
     fn vm(name: &str, id: &str) -> VmRecord {
+        let (id, name) = (id.parse::<VmId>().unwrap(), name.parse().unwrap());
         VmRecord {
-            id: id.parse::<VmId>().unwrap(),
-            name: name.parse().unwrap(),
-            owner: 1000,
             state: VmState::Running,
-            reason: None,
-            image: ImageName::default_image(),
-            shape: Shape::default(),
-            nat: false,
-            lease: None,
-            vmm: None,
-            vmm_pid: None,
-            boot_id: None,
-            last_exit: None,
-            created: "2026-01-02T03:04:05Z".parse().unwrap(),
-            started: None,
+            ..VmRecord::new(id, name, 1000, ImageName::default_image(), Shape::default())
         }
     }
 

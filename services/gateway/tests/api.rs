@@ -36,22 +36,11 @@ const BOB: u32 = 61_002;
 const PATCH: &[u8] = b"diff --git a/new b/new\nnew file mode 100644\nindex 0000000000000000000000000000000000000000..257cc5642cb1a054f08cc83f2d943e56fd3ebe99\n--- /dev/null\n+++ b/new\n@@ -0,0 +1 @@\n+foo\n";
 
 fn vm(name: &str, owner: u32) -> VmRecord {
+    let name = name.parse().unwrap();
     VmRecord {
-        id: VmId::new(),
-        name: name.parse().unwrap(),
-        owner,
         state: VmState::Running,
-        reason: None,
-        image: ImageName::default_image(),
-        shape: Shape::default(),
-        nat: false,
-        lease: None,
-        vmm: None,
-        vmm_pid: None,
-        boot_id: None,
-        last_exit: None,
         created: "2026-01-02T03:04:05Z".parse().unwrap(),
-        started: None,
+        ..VmRecord::new(VmId::new(), name, owner, ImageName::default_image(), Shape::default())
     }
 }
 

@@ -92,10 +92,6 @@ impl Spec {
         if self.version != 1 {
             return Err(format!("version {} is not 1, the one that this bothy knows", self.version));
         }
-        let word = |s: &str, also: &str| {
-            s.starts_with(|c: char| c.is_ascii_alphanumeric())
-                && s.chars().all(|c| c.is_ascii_alphanumeric() || also.contains(c))
-        };
         if let Some(bad) = self.suite.iter().find(|s| !word(s, "-.")) {
             return Err(format!("{bad:?} is not the name of a suite"));
         }
@@ -112,8 +108,11 @@ impl Spec {
         if let Some(bad) = self.remove.iter().chain(&self.private).find(|p| inside(p).is_none()) {
             return Err(format!("{bad:?} is not a path within the image"));
         }
-        if let Some(bad) = self.wait.iter().find(|w| w.port == 0 || w.timeout_s == 0 || w.name.is_empty()) {
-            return Err(format!("wait {:?} needs a name, a port and a timeout_s of 1 or more", bad.name));
+        if let Some(bad) = self.wait.iter().find(|w| !waitable(w)) {
+            return Err(format!(
+                "wait {:?} needs a name, a port or a unit, and a timeout_s of 1 or more",
+                bad.name
+            ));
         }
         Ok(())
     }
@@ -164,6 +163,22 @@ fn digest(text: &str, files: Option<&Path>) -> io::Result<String> {
     Ok(hex::encode(sha.finalize()))
 }
 
+/// Whether `s` is a word of letters and digits and what `also` has, which begins with one of the former.
+fn word(s: &str, also: &str) -> bool {
+    s.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && s.chars().all(|c| c.is_ascii_alphanumeric() || also.contains(c))
+}
+
+/// Whether something can be waited for: it has a name, a time, and a port or a unit.
+fn waitable(w: &WaitService) -> bool {
+    let named = w.unit.as_deref().is_some_and(|u| u.contains('.') && word(u, "-.@_:\\"));
+    !w.name.is_empty()
+        && w.timeout_s > 0
+        && w.port != Some(0)
+        && (w.unit.is_none() || named)
+        && (w.port.is_some() || named)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -184,7 +199,7 @@ mod tests {
     fn the_recipe_that_comes_with_bothy_is_valid() {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guest/images");
         let recipe = Recipe::load(&dir, &ImageName::default_image()).unwrap();
-        assert!(recipe.spec.wait.iter().any(|w| w.port == 22));
+        assert!(recipe.spec.wait.iter().any(|w| w.port == Some(22)));
     }
 
     #[test]

@@ -153,7 +153,7 @@ pub(crate) mod tests {
             recipe_sha256: "r".into(),
             init: InitStyle::Systemd,
             home: "/root".into(),
-            wait: vec![WaitService { name: "ssh".into(), port: 22, timeout_s: 60 }],
+            wait: vec![WaitService { name: "ssh".into(), port: Some(22), unit: None, timeout_s: 60 }],
             kernel_release: "6.1".into(),
             artifacts,
         };

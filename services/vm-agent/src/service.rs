@@ -20,7 +20,7 @@ use bothy_contract::{
         VmShow, VmStart, VmStop,
     },
     op::Begun,
-    vm::{CreateVm, DeleteVm, StartVm, StopVm, VmHost, VmList, VmRecord, VmSpec, VmState},
+    vm::{CreateVm, DeleteVm, StartVm, StopVm, VmHost, VmList, VmRecord, VmSpec},
 };
 use bothy_ops::{New, Ops};
 use bothy_vm_agent::vmm::Driver;
@@ -192,22 +192,10 @@ fn new<T: Serialize>(
 }
 
 fn new_record(vm: VmId, name: &VmName, ask: &CreateVm) -> VmRecord {
+    let CreateVm { spec, owner, .. } = ask;
     VmRecord {
-        id: vm,
-        name: name.clone(),
-        owner: ask.owner,
-        state: VmState::Creating,
-        reason: None,
-        image: ask.spec.image.clone(),
-        shape: ask.spec.shape.clone(),
-        nat: ask.spec.nat,
-        lease: None,
-        vmm: None,
-        vmm_pid: None,
-        boot_id: None,
-        last_exit: None,
-        created: jiff::Timestamp::now(),
-        started: None,
+        nat: spec.nat,
+        ..VmRecord::new(vm, name.clone(), *owner, spec.image.clone(), spec.shape.clone())
     }
 }
 
@@ -231,6 +219,8 @@ async fn host(agent: &Agent) -> Result<VmHost, Error> {
         vmm_version: agent.driver.version().to_owned(),
         accelerator,
         accelerator_reason,
+        driver_reason: String::new(),
+        limits: String::new(),
         running: u32::try_from(vms.iter().filter(|vm| vm.handle.is_some()).count()).unwrap_or(u32::MAX),
         total: u32::try_from(vms.len()).unwrap_or(u32::MAX),
     })

@@ -143,23 +143,8 @@ mod tests {
     use bothy_db::Db;
 
     fn vm(name: &str, owner: u32) -> Vm {
-        let record = VmRecord {
-            id: VmId::new(),
-            name: name.parse().unwrap(),
-            owner,
-            state: VmState::Creating,
-            reason: None,
-            image: ImageName::default_image(),
-            shape: Shape::default(),
-            nat: false,
-            lease: None,
-            vmm: None,
-            vmm_pid: None,
-            boot_id: None,
-            last_exit: None,
-            created: jiff::Timestamp::UNIX_EPOCH,
-            started: None,
-        };
+        let name = name.parse().unwrap();
+        let record = VmRecord::new(VmId::new(), name, owner, ImageName::default_image(), Shape::default());
         Vm { record, machine_id: String::new(), handle: None }
     }
 

@@ -81,7 +81,7 @@ fn create(name: Option<&str>, shape: Shape) -> CreateVm {
         nat: false,
         identity: Default::default(),
     };
-    CreateVm { spec, owner: 1000 }
+    CreateVm { spec, owner: 1000, force: false }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -99,7 +99,8 @@ async fn a_create_without_its_services_is_undone_and_told() {
     assert_eq!(taken.code, Code::AlreadyExists);
     assert!(taken.hint.unwrap().contains("bothy vm delete a"));
     let vm = begun.vm.unwrap();
-    let early = host.call::<VmStart>(StartVm { vm, identity: Default::default() }).await.unwrap_err();
+    let early =
+        host.call::<VmStart>(StartVm { vm, identity: Default::default(), force: false }).await.unwrap_err();
     assert_eq!(early.code, Code::FailedPrecondition);
     let closed = host.call::<VmChannelOpen>(OpenChannel { vm, port: 1 }).await.unwrap_err();
     assert_eq!(closed.code, Code::FailedPrecondition);

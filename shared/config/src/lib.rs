@@ -98,8 +98,14 @@ impl Default for Net {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Vm {
+    /// `auto` (Firecracker where it is installed and KVM truly runs a guest, else QEMU), `firecracker` or `qemu-microvm`.
+    pub driver: DriverChoice,
     /// QEMU's program: a name on `PATH` or an absolute path.
     pub qemu: PathBuf,
+    /// Firecracker's program: a name on `PATH` or an absolute path.
+    pub firecracker: PathBuf,
+    /// Firecracker's jailer, to start it in a chroot of its own: an absolute path. It needs the agent to be root.
+    pub jailer: Option<PathBuf>,
     /// `auto` (KVM where it truly runs a guest, else TCG), `kvm` or `tcg`.
     pub accelerator: Accelerator,
     /// The user id of slot 0's VMM; slot n runs as `uid_base + n`. The range must belong to nobody else.
@@ -108,18 +114,40 @@ pub struct Vm {
     pub boot_timeout_s: u32,
     /// How many VMs one user may have, running or not; root may have any number.
     pub max_per_user: u32,
+    /// Memory of the host that VMs never get, in MiB: a create that would need it is refused.
+    pub memory_reserve_mib: u64,
+    /// A running VM that nobody has used for so many seconds is stopped; 0 for never. Used is: an exec, a shell, ssh, an
+    /// import or export, or traffic on its network.
+    pub auto_stop_stale_after_s: u64,
 }
 
 impl Default for Vm {
     fn default() -> Self {
         Self {
+            driver: DriverChoice::Auto,
             qemu: "qemu-system-x86_64".into(),
+            firecracker: "firecracker".into(),
+            jailer: None,
             accelerator: Accelerator::Auto,
             uid_base: 780_000,
             boot_timeout_s: 120,
             max_per_user: 32,
+            memory_reserve_mib: 512,
+            auto_stop_stale_after_s: 0,
         }
     }
+}
+
+/// Which VMM runs the guests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DriverChoice {
+    /// Firecracker where it is installed and KVM truly runs a guest, else QEMU.
+    Auto,
+    /// Firecracker or nothing.
+    Firecracker,
+    /// QEMU always.
+    QemuMicrovm,
 }
 
 /// How guests are run.

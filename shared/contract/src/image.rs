@@ -21,9 +21,22 @@ pub struct WaitService {
     /// Its name, for people: `ssh`.
     pub name: String,
     /// The TCP port in the guest that must accept a connection.
-    pub port: u16,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
+    /// The systemd unit that must be active; with a port too, both. Its journal is what an error shows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unit: Option<String>,
     /// How long it may take, in seconds from launch.
     pub timeout_s: u32,
+}
+
+impl WaitService {
+    /// What is waited for, for people: `port 22`, `unit ssh.service`, or both.
+    pub fn what(&self) -> String {
+        let port = self.port.map(|port| format!("port {port}"));
+        let unit = self.unit.as_ref().map(|unit| format!("unit {unit}"));
+        port.into_iter().chain(unit).collect::<Vec<_>>().join(", ")
+    }
 }
 
 /// One file of an image.
@@ -168,4 +181,42 @@ pub struct ListDisks {}
 pub struct DiskList {
     /// Their ids.
     pub vms: Vec<VmId>,
+}
+
+/// Makes a stopped or running VM's disks larger. Never smaller; asking for the size they have changes nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GrowDisks {
+    /// The VM.
+    pub vm: VmId,
+    /// The work disk's new size in MiB.
+    pub work_mib: u64,
+    /// The system overlay's new size in MiB.
+    pub system_mib: u64,
+}
+
+/// Asks how large some VMs' disks are.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GetDiskUsage {
+    /// Which VMs: at most 200.
+    pub vms: Vec<VmId>,
+}
+
+/// How large some VMs' disks are.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskUsageList {
+    /// Those of the VMs that have disks.
+    pub disks: BTreeMap<VmId, DiskUsage>,
+}
+
+/// How large a VM's disks are, in bytes: as the guest sees them, and what the host has given them so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskUsage {
+    /// The work disk's size.
+    pub work_size: u64,
+    /// What of the work disk is allocated.
+    pub work_allocated: u64,
+    /// The system overlay's size.
+    pub system_size: u64,
+    /// What of the system overlay is allocated.
+    pub system_allocated: u64,
 }

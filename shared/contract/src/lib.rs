@@ -17,6 +17,7 @@ pub mod name;
 pub mod net;
 pub mod op;
 pub mod subject;
+pub mod usage;
 pub mod vm;
 pub mod workspace;
 

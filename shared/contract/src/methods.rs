@@ -5,17 +5,18 @@
 
 use crate::{
     image::{
-        BootSet, BuildImage, DiskList, ImageList, ImageManifest, ImageRef, ListDisks, ListImages,
-        PrepareRootfs, PrepareWorkDisk, ReleaseDisks, Rootfs, WorkDisk,
+        BootSet, BuildImage, DiskList, DiskUsageList, GetDiskUsage, GrowDisks, ImageList, ImageManifest,
+        ImageRef, ListDisks, ListImages, PrepareRootfs, PrepareWorkDisk, ReleaseDisks, Rootfs, WorkDisk,
     },
     net::{
         AcquireLease, Done, GetNetHost, Lease, LeaseList, ListLeases, NetHost, ReleaseLease, SetNat,
         TeardownNet,
     },
     op::{Begun, OpList, OpRecord, OpRef},
+    usage::{GetVmStats, PortList, VmStatsList},
     vm::{
-        CreateVm, DeleteVm, GetVmHost, ListVms, OpenChannel, OpenLog, StartVm, StopVm, Ticket, VmHost,
-        VmList, VmRecord, VmRef,
+        CreateVm, DeleteVm, GetVmHost, KillVm, ListVms, OpenChannel, OpenLog, RestartVm, SetVm, StartVm,
+        StopVm, Ticket, VmHost, VmList, VmRecord, VmRef,
     },
     workspace::{GetWorkspaceHost, OpenExport, OpenImport, SyncIdentity, WorkspaceHost},
 };
@@ -171,6 +172,10 @@ methods! {
     ImageDisksRelease = Image.disks.release(ReleaseDisks) -> Done, changes, by [Vm], within 60 s;
     /// Lists the VMs that have disks.
     ImageDisksList = Image.disks.list(ListDisks) -> DiskList, reads, by [Vm], within 10 s;
+    /// Makes a VM's disks larger.
+    ImageDisksGrow = Image.disks.grow(GrowDisks) -> Done, changes, by [Vm], within 10 s;
+    /// How large some VMs' disks are.
+    ImageDisksUsage = Image.disks.usage(GetDiskUsage) -> DiskUsageList, reads, by [Vm], within 5 s;
     /// One operation of the image-agent.
     ImageOpShow = Image.op.show(OpRef) -> OpRecord, reads, by [Gateway], within 5 s;
     /// The image-agent's operations, newest first.
@@ -186,6 +191,16 @@ methods! {
     VmStop = Vm.vm.stop(StopVm) -> Begun, changes, by [Gateway], within 10 s;
     /// Begins a delete.
     VmDelete = Vm.vm.delete(DeleteVm) -> Begun, changes, by [Gateway], within 10 s;
+    /// Begins a restart.
+    VmRestart = Vm.vm.restart(RestartVm) -> Begun, changes, by [Gateway], within 10 s;
+    /// Begins a kill.
+    VmKill = Vm.vm.kill(KillVm) -> Begun, changes, by [Gateway], within 10 s;
+    /// Begins a change of a VM.
+    VmSet = Vm.vm.set(SetVm) -> Begun, changes, by [Gateway], within 10 s;
+    /// How much some VMs use.
+    VmStatsShow = Vm.vm.stats(GetVmStats) -> VmStatsList, reads, by [Gateway], within 10 s;
+    /// The sockets on which a guest listens.
+    VmPortsList = Vm.vm.ports(VmRef) -> PortList, reads, by [Gateway], within 10 s;
     /// Lists the VMs.
     VmListAll = Vm.vm.list(ListVms) -> VmList, reads, by [Gateway, Workspace], within 5 s;
     /// Shows one VM.

@@ -70,6 +70,9 @@ pub struct CreateVm {
     pub spec: VmSpec,
     /// The user it will belong to, as the gateway saw it.
     pub owner: u32,
+    /// Create it even if the host's memory does not hold it.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// Where a VM stands. The vm-agent's `lifecycle` module has the diagram of who moves what.
@@ -108,8 +111,12 @@ pub struct VmRecord {
     pub reason: Option<String>,
     /// The image it boots.
     pub image: ImageName,
-    /// Size and shape.
+    /// Size and shape, as of its next boot.
     pub shape: Shape,
+    /// The shape that its VMM was started with, while one lives: where it differs from `shape`, the rest of a change
+    /// takes effect at the next start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub booted: Option<Shape>,
     /// Whether the guest may reach the outside.
     pub nat: bool,
     /// Its place on the network, once it has one.
@@ -132,6 +139,30 @@ pub struct VmRecord {
     /// When it last became ready.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub started: Option<Timestamp>,
+}
+
+impl VmRecord {
+    /// The record of a VM that nothing has been made of yet.
+    pub fn new(id: VmId, name: VmName, owner: u32, image: ImageName, shape: Shape) -> Self {
+        Self {
+            id,
+            name,
+            owner,
+            state: VmState::Creating,
+            reason: None,
+            image,
+            shape,
+            booted: None,
+            nat: false,
+            lease: None,
+            vmm: None,
+            vmm_pid: None,
+            boot_id: None,
+            last_exit: None,
+            created: Timestamp::now(),
+            started: None,
+        }
+    }
 }
 
 /// How a VMM process ended.
@@ -180,6 +211,53 @@ pub struct StartVm {
     /// The user's public identity.
     #[serde(default)]
     pub identity: Identity,
+    /// Start it even if the host's memory does not hold it.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// Begins a restart: a stop and a start on the same disks, as one operation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestartVm {
+    /// The VM.
+    pub vm: VmId,
+    /// How long the guest may take to power off before it is killed, in milliseconds.
+    pub grace_ms: u64,
+    /// The user's public identity.
+    #[serde(default)]
+    pub identity: Identity,
+}
+
+/// Begins a kill: the VMM gets a signal that ends it, and the guest is not asked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KillVm {
+    /// The VM.
+    pub vm: VmId,
+    /// The signal's number: one of those that end a process by default (signal(7)).
+    pub signal: i32,
+}
+
+/// Begins a change of a VM. What is not named stays. Disks only grow. What a running guest cannot be given at once (its
+/// processors and its memory) takes effect at the next start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SetVm {
+    /// The VM.
+    pub vm: VmId,
+    /// Virtual processors.
+    #[serde(default)]
+    pub cpus: Option<u32>,
+    /// Memory in MiB.
+    #[serde(default)]
+    pub memory_mib: Option<u64>,
+    /// The work disk in MiB.
+    #[serde(default)]
+    pub work_mib: Option<u64>,
+    /// The system overlay in MiB.
+    #[serde(default)]
+    pub system_mib: Option<u64>,
+    /// Whether the guest may reach the outside; at once.
+    #[serde(default)]
+    pub nat: Option<bool>,
 }
 
 /// Asks for all VMs.
@@ -248,6 +326,12 @@ pub struct VmHost {
     pub accelerator: String,
     /// Why that accelerator: what was tried and how it went.
     pub accelerator_reason: String,
+    /// Why that driver.
+    #[serde(default)]
+    pub driver_reason: String,
+    /// How the resources of VMs are bounded: `cgroup v2 at ...`, or why not.
+    #[serde(default)]
+    pub limits: String,
     /// VMs whose VMM lives.
     pub running: u32,
     /// All VMs.

@@ -42,7 +42,7 @@ pub(crate) async fn create(
     Body(spec): Body<VmSpec>,
 ) -> Result<Accepted, ApiError> {
     spec.shape.check()?;
-    let request = CreateVm { spec, owner: peer.uid };
+    let request = CreateVm { spec, owner: peer.uid, force: false };
     Ok(accepted(gateway.change::<VmCreate>(&peer, &headers, &request).await?))
 }
 
@@ -72,7 +72,7 @@ pub(crate) async fn start(
     Body(body): Body<api::StartBody>,
 ) -> Result<Accepted, ApiError> {
     let vm = gateway.vm(&peer, &vm).await?;
-    let request = StartVm { vm: vm.id, identity: body.identity };
+    let request = StartVm { vm: vm.id, identity: body.identity, force: false };
     Ok(accepted(gateway.change::<VmStart>(&peer, &headers, &request).await?))
 }
 

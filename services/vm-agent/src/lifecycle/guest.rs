@@ -142,7 +142,7 @@ impl Guest {
             let mut client = client.clone();
             async move {
                 let request = WaitPortRequest {
-                    port: service.port.into(),
+                    port: service.port.unwrap_or_default().into(),
                     timeout_ms: u64::from(service.timeout_s) * 1000,
                 };
                 let answer = client.wait_port(request).await.map_err(|s| fail("wait_port", &s))?.into_inner();
@@ -150,8 +150,10 @@ impl Guest {
                     return Err(Error::new(
                         Code::DeadlineExceeded,
                         format!(
-                            "{} does not listen on port {} of the guest after {} s",
-                            service.name, service.port, service.timeout_s
+                            "{} ({}) is not up after {} s",
+                            service.name,
+                            service.what(),
+                            service.timeout_s
                         ),
                     )
                     .hint("see `bothy vm logs`"));

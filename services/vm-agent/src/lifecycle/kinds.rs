@@ -124,21 +124,14 @@ mod tests {
         let process = Process { pid: 1, start_time: 1 };
         Vm {
             record: VmRecord {
-                id: VmId::new(),
-                name: "a".parse().unwrap(),
-                owner: 1000,
                 state,
-                reason: None,
-                image: "debian".parse().unwrap(),
-                shape: bothy_contract::vm::Shape::default(),
-                nat: false,
-                lease: None,
-                vmm: None,
-                vmm_pid: None,
-                boot_id: None,
-                last_exit: None,
-                created: jiff::Timestamp::UNIX_EPOCH,
-                started: None,
+                ..VmRecord::new(
+                    VmId::new(),
+                    "a".parse().unwrap(),
+                    1000,
+                    "debian".parse().unwrap(),
+                    bothy_contract::vm::Shape::default(),
+                )
             },
             machine_id: "0".repeat(32),
             handle: alive.then_some(HolderHandle { holder: process, vmm: process }),

@@ -52,23 +52,8 @@ impl Drop for Host {
 }
 
 fn record(vm: VmId, state: VmState) -> VmRecord {
-    VmRecord {
-        id: vm,
-        name: "testvm".parse().unwrap(),
-        owner: 0,
-        state,
-        reason: None,
-        image: ImageName::default_image(),
-        shape: Shape::default(),
-        nat: false,
-        lease: None,
-        vmm: None,
-        vmm_pid: None,
-        boot_id: None,
-        last_exit: None,
-        created: jiff::Timestamp::UNIX_EPOCH,
-        started: None,
-    }
+    let name = "testvm".parse().unwrap();
+    VmRecord { state, ..VmRecord::new(vm, name, 0, ImageName::default_image(), Shape::default()) }
 }
 
 impl Host {

@@ -63,7 +63,7 @@ fn listing(images: &[ImageManifest]) -> String {
 
 fn details(image: &ImageManifest) -> String {
     let wait: Vec<_> =
-        image.wait.iter().map(|w| format!("{} ({}, {} s)", w.name, w.port, w.timeout_s)).collect();
+        image.wait.iter().map(|w| format!("{} ({}, {} s)", w.name, w.what(), w.timeout_s)).collect();
     let facts = facts([
         ("name", image.name.to_string()),
         ("architecture", image.architecture.clone()),
