@@ -1,0 +1,42 @@
+//! `cargo xtask bench <what>`: what bothy costs, as ratios of alternating pairs in one run, medians printed.
+//!
+//! - `create [pairs]`: `bothy vm create` to ready against the same QEMU command line, kernel and disks started by hand to the
+//!   same readiness; and how long it takes from the accepted request to the VMM's start.
+//! - `crowd [vms]`: as many creates at once against as many boots by hand at once.
+//! - `many [vms]`: `bothy vm list` and the agent's start with that many stopped VMs.
+//! - `end [pairs]`: a stop against a power-off typed inside the same guest, and the delete of a stopped VM.
+//! - `idle`: the resident memory of the five services and the bus, with nothing to do.
+#![expect(clippy::print_stdout, reason = "a program for people")]
+#![expect(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a failed step is a failed bench"
+)]
+
+mod by_hand;
+mod create;
+mod crowd;
+mod end;
+mod idle;
+mod many;
+
+fn main() {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let number = |default| args.get(1).map_or(default, |n| n.parse().expect("a number"));
+    match args.first().map(String::as_str) {
+        Some("create") => create::run(number(5)),
+        Some("crowd") => crowd::run(number(16)),
+        Some("many") => many::run(number(50)),
+        Some("end") => end::run(number(5)),
+        Some("idle") => idle::run(),
+        _ => panic!("usage: bench create [pairs] | crowd [vms] | many [vms] | end [pairs] | idle"),
+    }
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    if sorted.len() % 2 == 1 { sorted[middle] } else { f64::midpoint(sorted[middle - 1], sorted[middle]) }
+}
