@@ -9,8 +9,8 @@ use crate::{
         ImageRef, ListDisks, ListImages, PrepareRootfs, PrepareWorkDisk, ReleaseDisks, Rootfs, WorkDisk,
     },
     net::{
-        AcquireLease, Done, GetNetHost, Lease, LeaseList, ListLeases, NetHost, ReleaseLease, SetNat,
-        TeardownNet,
+        AcquireLease, Done, EgressReport, GetEgress, GetNetHost, Lease, LeaseList, ListLeases, NameVm,
+        NetHost, PublishPorts, ReleaseLease, SetEgress, SetNat, TeardownNet, UnnameVm,
     },
     op::{Begun, OpList, OpRecord, OpRef},
     usage::{GetVmStats, PortList, VmStatsList},
@@ -151,6 +151,16 @@ methods! {
     NetLeaseList = Net.lease.list(ListLeases) -> LeaseList, reads, by [Vm, Gateway], within 5 s;
     /// Turns NAT on or off.
     NetNatSet = Net.nat.set(SetNat) -> Done, changes, by [Vm], within 10 s;
+    /// Changes what a VM may reach.
+    NetEgressSet = Net.egress.set(SetEgress) -> Done, changes, by [Vm], within 10 s;
+    /// What a VM may reach, has reached and was denied.
+    NetEgressShow = Net.egress.show(GetEgress) -> EgressReport, reads, by [Vm, Gateway], within 5 s;
+    /// Publishes a VM's ports.
+    NetPortsPublish = Net.ports.publish(PublishPorts) -> Done, changes, by [Vm], within 10 s;
+    /// Makes a VM known by name.
+    NetNameSet = Net.name.set(NameVm) -> Done, changes, by [Vm], within 10 s;
+    /// Takes its name away.
+    NetNameUnset = Net.name.unset(UnnameVm) -> Done, changes, by [Vm], within 10 s;
     /// How the network stands.
     NetHostShow = Net.host.show(GetNetHost) -> NetHost, reads, by [Gateway], within 5 s;
     /// Removes everything from the kernel.

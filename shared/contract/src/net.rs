@@ -1,8 +1,10 @@
-//! The network as other processes see it: leases, NAT, and how the pool stands.
+//! The network as other processes see it: leases, what a VM may reach, its published ports and its name, and how the pool
+//! stands.
 
-use crate::VmId;
+use crate::{VmId, VmName};
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// A VM's place on the network. It is the VM's from create to delete, stopped or not.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,6 +25,63 @@ pub struct Lease {
     pub mac: String,
     /// Name servers for the guest.
     pub dns: Vec<Ipv4Addr>,
+    /// The guest's IPv6 address, unique-local; none where the host has no IPv6.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address6: Option<Ipv6Addr>,
+    /// The prefix length that goes with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefix6: Option<u8>,
+    /// The bridge's IPv6 address: the guest's default route.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gateway6: Option<Ipv6Addr>,
+}
+
+/// What a VM's packets may reach beyond the host.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "policy", rename_all = "snake_case")]
+pub enum Egress {
+    /// Nothing.
+    #[default]
+    None,
+    /// Everything that the host reaches, but for link-local and metadata addresses.
+    Open,
+    /// The addresses that these names have, once the VM has asked for them.
+    Allow {
+        /// `crates.io` is that name alone; `*.crates.io` is every name below it, and not the name itself.
+        names: Vec<String>,
+    },
+}
+
+impl Egress {
+    /// Whether the policy lets a VM reach what `name` stands for.
+    pub fn covers(&self, name: &str) -> bool {
+        match self {
+            Self::None => false,
+            Self::Open => true,
+            Self::Allow { names } => names.iter().any(|pattern| pattern_covers(pattern, name)),
+        }
+    }
+}
+
+/// Whether a pattern of [`Egress::Allow`] covers `name`. Case and a dot at the end do not matter.
+pub fn pattern_covers(pattern: &str, name: &str) -> bool {
+    let plain = |text: &str| text.strip_suffix('.').unwrap_or(text).to_ascii_lowercase();
+    let (pattern, name) = (plain(pattern), plain(name));
+    match pattern.strip_prefix("*.") {
+        Some(parent) => {
+            name.strip_suffix(parent).is_some_and(|below| below.len() > 1 && below.ends_with('.'))
+        }
+        None => pattern == name,
+    }
+}
+
+/// A port of a VM that the host answers for: TCP connections to `listen` go to the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Publish {
+    /// Where the host listens.
+    pub listen: SocketAddr,
+    /// The port in the guest.
+    pub guest_port: u16,
 }
 
 /// Takes a slot for a VM. A VM that has one gets the same one again.
@@ -30,8 +89,22 @@ pub struct Lease {
 pub struct AcquireLease {
     /// The VM.
     pub vm: VmId,
-    /// Whether its traffic may leave through the host.
+    /// Whether its traffic may leave through the host: short for [`Egress::Open`], where `egress` says nothing.
     pub nat: bool,
+    /// What it may reach. Without a word, `nat` decides; a VM that has a lease with names keeps them then, unless `nat`
+    /// is on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub egress: Option<Egress>,
+    /// The ports to publish; without a word, those that its lease has, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub publish: Option<Vec<Publish>>,
+}
+
+impl AcquireLease {
+    /// A lease for `vm` that reaches nothing, without published ports.
+    pub fn new(vm: VmId) -> Self {
+        Self { vm, nat: false, egress: None, publish: None }
+    }
 }
 
 /// Gives a VM's slot back. A VM that has none is not an error.
@@ -50,6 +123,79 @@ pub struct SetNat {
     pub enabled: bool,
 }
 
+/// Changes what a VM may reach, at once. Connections to what it may not reach any more end.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SetEgress {
+    /// The VM.
+    pub vm: VmId,
+    /// What it may reach from now on.
+    pub egress: Egress,
+}
+
+/// Asks what a VM may reach, has reached and was denied.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GetEgress {
+    /// The VM.
+    pub vm: VmId,
+}
+
+/// What a VM may reach, has reached and was denied, since its lease or the net-agent's start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EgressReport {
+    /// Its policy.
+    pub policy: Egress,
+    /// Under [`Egress::Allow`]: the names that were asked for and let through, in their order.
+    pub allowed: Vec<Allowed>,
+    /// What was denied, the latest first.
+    pub denied: Vec<Denied>,
+}
+
+/// A name that was let through.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Allowed {
+    /// The name.
+    pub name: String,
+    /// The addresses that it stood for.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// Something that was denied.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Denied {
+    /// The name that was asked for, or the address that a packet was for, where it was never resolved.
+    pub name: String,
+    /// How many questions or packets.
+    pub count: u64,
+    /// When the last one came.
+    pub last: Timestamp,
+}
+
+/// Publishes a VM's ports in place of those published before. Refused as a whole, with nothing changed, where the host
+/// cannot listen at one of them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PublishPorts {
+    /// The VM.
+    pub vm: VmId,
+    /// All of its published ports.
+    pub ports: Vec<Publish>,
+}
+
+/// Makes a VM known by a name, `<name>.vm` and `<name>.<host>.vm`, from now on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NameVm {
+    /// The VM.
+    pub vm: VmId,
+    /// Its name.
+    pub name: VmName,
+}
+
+/// A VM is not known by name any more. One that has no name, or no lease, is not an error.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnnameVm {
+    /// The VM.
+    pub vm: VmId,
+}
+
 /// Asks for all leases.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ListLeases {}
@@ -61,8 +207,17 @@ pub struct LeaseRow {
     pub vm: VmId,
     /// Its place.
     pub lease: Lease,
-    /// Whether NAT is on.
+    /// Whether NAT is on: whether it may reach everything.
     pub nat: bool,
+    /// What it may reach.
+    #[serde(default)]
+    pub egress: Egress,
+    /// Its published ports.
+    #[serde(default)]
+    pub publish: Vec<Publish>,
+    /// The name it is known by, while it is ready.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<VmName>,
 }
 
 /// All leases.
@@ -89,6 +244,9 @@ pub struct NetHost {
     pub leased: u32,
     /// Slots that the subnet has room for.
     pub capacity: u32,
+    /// The IPv6 subnet, `fd12:3456:789a::/64`; none where the host has no IPv6.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subnet6: Option<String>,
 }
 
 /// Removes the bridge, the TAPs and the rules from the kernel, for `host down`. Leases are kept; the next start makes
@@ -99,3 +257,60 @@ pub struct TeardownNet {}
 /// The empty reply.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Done {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_policy_is_written_plainly() {
+        let text = |egress: &Egress| serde_json::to_string(egress).unwrap();
+        assert_eq!(text(&Egress::None), r#"{"policy":"none"}"#);
+        assert_eq!(text(&Egress::Open), r#"{"policy":"open"}"#);
+        let allow = Egress::Allow { names: vec!["crates.io".to_owned()] };
+        assert_eq!(text(&allow), r#"{"policy":"allow","names":["crates.io"]}"#);
+        assert_eq!(serde_json::from_str::<Egress>(&text(&allow)).unwrap(), allow);
+    }
+
+    #[test]
+    fn an_older_caller_is_understood() {
+        let vm = VmId::new();
+        let request: AcquireLease =
+            serde_json::from_value(serde_json::json!({"vm": vm, "nat": false})).unwrap();
+        assert_eq!(request, AcquireLease::new(vm));
+    }
+
+    #[test]
+    fn patterns_cover_what_they_say() {
+        for (pattern, name, covers) in [
+            ("crates.io", "crates.io", true),
+            ("crates.io", "Crates.IO.", true),
+            ("crates.io", "static.crates.io", false),
+            ("crates.io", "evilcrates.io", false),
+            ("*.crates.io", "static.crates.io", true),
+            ("*.crates.io", "a.b.crates.io", true),
+            ("*.crates.io", "crates.io", false),
+            ("*.crates.io", ".crates.io", false),
+            ("*.crates.io", "evilcrates.io", false),
+            ("*.crates.io", "static.crates.io.evil.net", false),
+        ] {
+            assert_eq!(pattern_covers(pattern, name), covers, "{pattern} {name}");
+        }
+    }
+
+    proptest! {
+        /// By labels from the right, which is what a wildcard means.
+        #[test]
+        fn matching_is_by_whole_labels(
+            pattern in prop::collection::vec("[a-c]{1,2}", 1..4),
+            name in prop::collection::vec("[a-c]{1,2}", 1..5),
+            wild: bool,
+        ) {
+            let below = name.len() > pattern.len() && name.ends_with(&pattern);
+            let text = format!("{}{}", if wild { "*." } else { "" }, pattern.join("."));
+            let expected = if wild { below } else { name == pattern };
+            prop_assert_eq!(pattern_covers(&text, &name.join(".")), expected);
+        }
+    }
+}

@@ -44,7 +44,7 @@ fn agents_come_and_go_under_their_leases() {
         let first = start(ns, file);
         assert_eq!(leased(&gateway).await, 0);
         let vm = VmId::new();
-        let lease = vm_agent.call::<NetLeaseAcquire>(&AcquireLease { vm, nat: false }).await.unwrap();
+        let lease = vm_agent.call::<NetLeaseAcquire>(&AcquireLease::new(vm)).await.unwrap();
         let vmm = tun::open(&lease.tap).unwrap();
         assert!(first.stop(Signal::SIGTERM, Duration::from_secs(30)).success());
         assert!(tun::in_use(&lease.tap).unwrap() && ruleset().contains(&lease.tap), "left as it was");

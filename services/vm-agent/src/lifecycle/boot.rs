@@ -155,7 +155,7 @@ pub(crate) fn graph(agent: &Agent, op: &Op, mode: Mode) -> Result<Graph, Error> 
 }
 
 async fn acquire_network(agent: Agent, cx: StageCx, vm: VmId, nat: bool) -> Result<Lease, Error> {
-    let lease = agent.bus.call::<NetLeaseAcquire>(&AcquireLease { vm, nat }).await?;
+    let lease = agent.bus.call::<NetLeaseAcquire>(&AcquireLease { nat, ..AcquireLease::new(vm) }).await?;
     cx.note(format!("{} on {}", lease.address, lease.tap));
     let kept = lease.clone();
     agent
