@@ -227,7 +227,7 @@ impl Host {
 
     /// The process ids of a service of this host.
     pub fn pids_of(&self, program: &str) -> Vec<i32> {
-        let processes = self.census().of(&[Kind::Process]);
+        let processes = Census::of_processes(&self.scope()).expect("a census").of(&[Kind::Process]);
         processes
             .iter()
             .filter_map(|p| {
@@ -275,23 +275,34 @@ impl Host {
             .collect()
     }
 
-    /// Waits until nothing is left of VMs and operations: background work such as refilling the pool may take a moment.
+    /// Waits until nothing is left of VMs and operations, for at most `patience`: background work such as refilling the
+    /// pool may take a moment. What is left then.
+    pub fn left_after(&self, patience: Duration) -> Vec<Thing> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let leaks = self.leaks();
+            if leaks.is_empty() || Instant::now() > deadline {
+                return leaks;
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// Takes what is there now for what a fresh host has, so that it is not told again.
+    pub fn take_for_granted(&mut self) {
+        self.fresh = self.census();
+    }
+
+    /// Waits until nothing is left of VMs and operations.
     ///
     /// # Panics
     /// With what is left and the logs, after ten seconds.
     #[track_caller]
     pub fn assert_no_leaks(&self) {
-        let deadline = Instant::now() + Duration::from_secs(10);
-        loop {
-            let leaks = self.leaks();
-            if leaks.is_empty() {
-                return;
-            }
-            if Instant::now() > deadline {
-                let list: Vec<String> = leaks.iter().map(ToString::to_string).collect();
-                panic!("left behind:\n{}\n{}", list.join("\n"), self.logs());
-            }
-            std::thread::sleep(Duration::from_millis(100));
+        let leaks = self.left_after(Duration::from_secs(10));
+        if !leaks.is_empty() {
+            let list: Vec<String> = leaks.iter().map(ToString::to_string).collect();
+            panic!("left behind:\n{}\n{}", list.join("\n"), self.logs());
         }
     }
 

@@ -101,6 +101,24 @@ pub fn link_into(image: &Path, config: &Config) {
     fs::set_permissions(service, pass).expect("the image-agent's directory");
 }
 
+/// Puts an image called `name` into the store of the host that `config` describes: the default one, with its manifest
+/// changed.
+///
+/// # Panics
+/// If the default image is not in that store.
+pub fn variant_into(config: &Config, name: &str, change: impl FnOnce(&mut serde_json::Value)) {
+    let (from, to) = (store_of(config).join("debian"), store_of(config).join(name));
+    link_tree(&from, &to);
+    let path = to.join("manifest.json");
+    let text = fs::read(&path).expect("the default image's manifest");
+    let mut manifest: serde_json::Value = serde_json::from_slice(&text).expect("a manifest");
+    manifest["name"] = name.into();
+    change(&mut manifest);
+    // Another file: the one that is there is linked to the cache's.
+    fs::remove_file(&path).expect("the linked manifest");
+    fs::write(&path, manifest.to_string()).expect("the changed manifest");
+}
+
 fn link_tree(from: &Path, to: &Path) {
     walk(from, to, &|from, to| {
         // Another file system than the cache's: then a copy.

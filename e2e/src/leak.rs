@@ -91,6 +91,16 @@ impl Census {
         Ok(Self(found))
     }
 
+    /// Only the processes in `scope`.
+    ///
+    /// # Errors
+    /// As for [`Census::take`].
+    pub fn of_processes(scope: &Scope) -> Result<Self, CensusError> {
+        let mut found = BTreeSet::new();
+        processes(scope, &mut found)?;
+        Ok(Self(found))
+    }
+
     /// What is in `self` and was not in `before`.
     pub fn since(&self, before: &Census) -> Vec<Thing> {
         self.0.difference(&before.0).cloned().collect()
