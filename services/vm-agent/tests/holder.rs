@@ -74,6 +74,7 @@ impl Host {
             vmm: "qemu-microvm test".into(),
             dir,
             argv,
+            monitor: wire::Monitor::Qmp,
             tap: None,
             uid: UID,
             gid: UID,
@@ -275,6 +276,8 @@ async fn requests_that_make_no_sense_are_refused_and_callers_that_leave_cost_not
         ("KILL 0; rm", "ERR `0; rm` is not a signal"),
         ("QMP {", "ERR not a JSON command"),
         ("QMP []", "ERR a command is a JSON object"),
+        ("API {", "ERR not a request"),
+        (r#"API {"method":"GET","path":"/"}"#, "ERR this VMM has a QMP monitor and no API"),
     ] {
         let mut stream = tokio::net::UnixStream::connect(&socket).await.unwrap();
         stream.write_all(format!("{request}\n").as_bytes()).await.unwrap();

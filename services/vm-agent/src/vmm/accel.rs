@@ -4,7 +4,7 @@
 //! crawls in an instruction emulator until it dies. So a real kernel is booted under it, with a deadline that no working
 //! KVM comes near, and the answer is remembered until QEMU or the host's kernel changes.
 
-use super::{Accel, qemu};
+use super::{Accel, holder, qemu};
 use bothy_config::Accelerator;
 use bothy_contract::{Code, Error};
 use serde::{Deserialize, Serialize};
@@ -92,6 +92,14 @@ fn host_kernel() -> String {
 
 /// The remembered finding for this QEMU and this host kernel, or that of a trial boot, which is then remembered.
 pub async fn find(trial: &Trial<'_>) -> Finding {
+    match holder::program() {
+        Ok(program) => find_with(trial, &program).await,
+        Err(e) => Finding { accel: Accel::Tcg, reason: format!("KVM could not be tried: {e}") },
+    }
+}
+
+/// The same; `program` is `bothy-vmm`.
+async fn find_with(trial: &Trial<'_>, program: &Path) -> Finding {
     // Not remembered: it costs nothing to see, and permissions change.
     if let Err(err) = fs_err::OpenOptions::new().read(true).write(true).open(KVM) {
         return Finding { accel: Accel::Tcg, reason: format!("KVM cannot be opened: {err}") };
@@ -103,7 +111,7 @@ pub async fn find(trial: &Trial<'_>) -> Finding {
     {
         return known.finding;
     }
-    let finding = match boot(trial).await {
+    let finding = match boot(trial, program).await {
         Ok(Ok(took)) => Finding {
             accel: Accel::Kvm,
             reason: format!("a kernel booted to its first process under KVM in {} ms", took.as_millis()),
@@ -135,15 +143,17 @@ fn remember(path: &Path, what: &Remembered) -> std::io::Result<()> {
 }
 
 /// Boots under KVM until the kernel is about to start init, or says what happened instead. The outer error is that the
-/// trial itself could not be made.
-async fn boot(trial: &Trial<'_>) -> Result<Result<Duration, String>, String> {
+/// trial itself could not be made. QEMU is started as VMs' VMMs are, by `bothy-vmm exec`, so that it dies with this process,
+/// however that ends.
+async fn boot(trial: &Trial<'_>, program: &Path) -> Result<Result<Duration, String>, String> {
     for file in [trial.kernel, trial.initrd] {
         fs_err::File::open(file).map_err(|e| e.to_string())?;
     }
-    let mut argv = qemu::machine(trial.qemu, Accel::Kvm).map_err(|e| e.message)?.into_iter();
-    let program = argv.next().unwrap_or_default();
-    let mut child = tokio::process::Command::new(&program)
-        .args(argv)
+    let mut child = tokio::process::Command::new(program)
+        .arg("exec")
+        .arg(format!("--parent={}", std::process::id()))
+        .arg("--")
+        .args(qemu::machine(trial.qemu, Accel::Kvm).map_err(|e| e.message)?)
         .args(["-m", "256", "-smp", "1", "-append", "console=ttyS0 panic=-1 reboot=t"])
         .arg("-kernel")
         .arg(trial.kernel)
@@ -154,7 +164,7 @@ async fn boot(trial: &Trial<'_>) -> Result<Result<Duration, String>, String> {
         .stderr(Stdio::piped())
         .kill_on_drop(true)
         .spawn()
-        .map_err(|e| format!("{program} cannot be run: {e}"))?;
+        .map_err(|e| format!("{} cannot be run: {e}", program.display()))?;
     let (Some(console), Some(errors)) = (child.stdout.take(), child.stderr.take()) else {
         return Err("its output cannot be read".into());
     };
@@ -194,8 +204,15 @@ async fn watch(mut console: impl tokio::io::AsyncBufRead + Unpin) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+
+    /// As if a trial on this host had found that.
+    pub(in super::super) fn seen(memory: &Path, qemu: &str, accel: Accel) {
+        let finding = Finding { accel, reason: "as a test says".into() };
+        let qemu = qemu.to_owned();
+        remember(memory, &Remembered { qemu, host_kernel: host_kernel(), finding }).unwrap();
+    }
 
     fn trial(memory: PathBuf) -> Trial<'static> {
         Trial {
@@ -239,13 +256,14 @@ mod tests {
         assert_eq!(known(Accelerator::Auto, "10.0.2", &trial.memory), Some(finding));
         assert_eq!(known(Accelerator::Auto, "11.0.0", &trial.memory), None);
         // Another QEMU is tried anew; a trial that cannot be made is not remembered, one that failed is.
-        let other = find(&Trial { version: "11.0.0", ..trial.clone() }).await;
+        let program = bothy_testkit::binary("bothy-vmm");
+        let other = find_with(&Trial { version: "11.0.0", ..trial.clone() }, &program).await;
         assert!(other.reason.contains("could not be tried"), "{}", other.reason);
         assert_eq!(recall(&trial.memory).unwrap().qemu, "10.0.2");
         let there = Path::new("/dev/null");
         let failing =
             Trial { version: "11.0.0", qemu: Path::new("false"), kernel: there, initrd: there, ..trial };
-        let other = find(&failing).await;
+        let other = find_with(&failing, &program).await;
         assert!(other.accel == Accel::Tcg && other.reason.contains("gave up"), "{}", other.reason);
         assert_eq!(recall(&failing.memory).unwrap().finding, other);
     }

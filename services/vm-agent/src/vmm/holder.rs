@@ -4,7 +4,9 @@
 
 use super::{
     Verb,
+    firecracker::api::Request,
     launching::{self, Quiet},
+    liveness::{self, Liveness},
     wire::{self, HolderHandle, LaunchSpec, Launched, MAX_LINE, Process, Running, Status},
 };
 use bothy_contract::{Code, Error, vm::ExitRecord};
@@ -100,6 +102,11 @@ impl Holder {
             .map_err(|e| Error::internal("cannot wait for a launch", &e))?
     }
 
+    /// The user that holder and VMM run as.
+    pub fn uid(&self) -> u32 {
+        self.uid
+    }
+
     /// The holder's directory.
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -143,34 +150,47 @@ impl Holder {
     /// # Errors
     /// No holder answers (`Unavailable`), or what the VMM said against it.
     pub async fn qmp(&self, command: &serde_json::Value) -> Result<serde_json::Value, Error> {
-        let line = self.ask(&format!("QMP {command}")).await?;
+        self.answer(&self.ask(&format!("QMP {command}")).await?)
+    }
+
+    /// Sends a request to the VMM's API and gives what it answered: `null` where that is nothing.
+    ///
+    /// # Errors
+    /// No holder answers (`Unavailable`), or what the VMM said against it.
+    pub async fn api(&self, request: &Request) -> Result<serde_json::Value, Error> {
+        let text = serde_json::to_string(request)
+            .map_err(|e| Error::internal("cannot write a request to the VMM", &e))?;
+        let patience = PATIENCE.max(request.patience());
+        self.answer(&self.ask_within(patience, &format!("API {text}")).await?)
+    }
+
+    fn answer(&self, line: &str) -> Result<serde_json::Value, Error> {
         let answer: serde_json::Value =
-            serde_json::from_str(&line).map_err(|_| self.refused("reach the VMM's monitor", &line))?;
+            serde_json::from_str(line).map_err(|_| self.refused("reach the VMM", line))?;
         if let Some(value) = answer.get("return") {
             return Ok(value.clone());
         }
         let said =
             answer.pointer("/error/desc").and_then(|desc| desc.as_str()).unwrap_or("it gave no reason");
-        Err(self.refused("carry out a monitor command", said))
+        Err(self.refused("carry out a command", said))
     }
 
-    /// Carries out what a driver wants done.
+    /// Carries out what a driver wants done, and gives the VMM's answer.
     ///
     /// # Errors
-    /// As for [`Holder::qmp`] and [`Holder::kill`].
-    pub async fn perform(&self, verb: &Verb) -> Result<(), Error> {
+    /// As for [`Holder::qmp`], [`Holder::api`] and [`Holder::kill`].
+    pub async fn perform(&self, verb: &Verb) -> Result<serde_json::Value, Error> {
         match verb {
-            Verb::Qmp(command) => self.qmp(command).await.map(|_| ()),
-            Verb::Signal(signal) => self.kill(*signal).await,
+            Verb::Qmp(command) => self.qmp(command).await,
+            Verb::Api(request) => self.api(request).await,
+            Verb::Signal(signal) => self.kill(*signal).await.map(|()| serde_json::Value::Null),
         }
     }
 
     /// Whether the holder that `handle` names lives and keeps a running VMM. What a restarted agent asks before it believes
-    /// its records: both processes must be the ones of then, and the holder must say so itself.
+    /// its records; [`liveness::look`] says more.
     pub async fn is_alive(&self, handle: &HolderHandle) -> bool {
-        handle.holder.is_alive()
-            && handle.vmm.is_alive()
-            && matches!(self.status().await, Ok(status) if status.handle == *handle && status.state == wire::State::Running)
+        matches!(liveness::look(self, Some(handle)).await, Liveness::Alive(_))
     }
 
     /// Waits until the process is gone. It need not be a child (pidfd_open(2)).
@@ -213,12 +233,16 @@ impl Holder {
     }
 
     async fn ask(&self, request: &str) -> Result<String, Error> {
+        self.ask_within(PATIENCE, request).await
+    }
+
+    async fn ask_within(&self, patience: Duration, request: &str) -> Result<String, Error> {
         let answer = async {
             let mut stream = self.dial().await?;
             self.say(&mut stream, request).await?;
             self.line(&mut stream).await
         };
-        tokio::time::timeout(PATIENCE, answer).await.map_err(|_| {
+        tokio::time::timeout(patience, answer).await.map_err(|_| {
             Error::new(Code::Unavailable, format!("the holder in {} does not answer", self.dir.display()))
         })?
     }

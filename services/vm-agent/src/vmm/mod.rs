@@ -2,20 +2,31 @@
 //!
 //! A [`Driver`] is pure: it turns a [`VmPlan`] into a [`LaunchSpec`] and its verbs into [`Verb`]s. The process is kept by
 //! a holder (`bothy-vmm`), which [`holder::Holder`] starts, finds again and talks to; so nothing here is lost with the
-//! agent; [`launching`] keeps a launch and its undo apart. [`accel`] finds out how guests can be run on this host, [`clock`] how fast its time-stamp counter runs.
+//! agent; [`launching`] keeps a launch and its undo apart, and [`liveness`] says whether a VM's VMM lives. [`choose`] says which driver this host is best served by, [`accel`]
+//! finds out how guests can be run on it, [`clock`] how fast its time-stamp counter runs.
 
 pub mod accel;
+mod choice;
 pub mod clock;
+pub mod firecracker;
 pub mod holder;
 pub mod launching;
+pub mod liveness;
 pub mod qemu;
 pub mod wire;
 
 use bothy_contract::{Error, VmId};
 use std::path::PathBuf;
 
+pub use choice::{Choice, Host, choose, driver_of};
+pub use firecracker::Firecracker;
 pub use qemu::QemuMicrovm;
 pub use wire::LaunchSpec;
+
+/// The name of the driver for QEMU.
+pub const QEMU_MICROVM: &str = "qemu-microvm";
+/// The name of the driver for Firecracker.
+pub const FIRECRACKER: &str = "firecracker";
 
 /// How guest code is run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -80,6 +91,20 @@ pub struct Capabilities {
     pub snapshot: bool,
     /// A disk can grow under a running guest.
     pub resize_disk: bool,
+    /// A guest that powers its machine off ends the VMM. Where it does not, the guest resets the machine instead, which ends
+    /// every VMM here; `bothy-guest` knows that from the kernel's command line.
+    pub power_off: bool,
+    /// It can run guests without KVM.
+    pub tcg: bool,
+}
+
+/// Whether a guest's processors run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RunState {
+    /// They do.
+    Running,
+    /// They do not, and go on when they are told to.
+    Paused,
 }
 
 /// Something to be done to a VMM, carried out by [`holder::Holder::perform`].
@@ -87,6 +112,8 @@ pub struct Capabilities {
 pub enum Verb {
     /// Send this command over QMP.
     Qmp(serde_json::Value),
+    /// Send this request to Firecracker's API.
+    Api(firecracker::api::Request),
     /// Send this signal to the process.
     Signal(i32),
 }
@@ -106,6 +133,18 @@ pub trait Driver: Send + Sync + std::fmt::Debug {
     fn launch_spec(&self, plan: &VmPlan) -> Result<LaunchSpec, Error>;
     /// Ends the VMM at once, its disks flushed; the guest is not asked.
     fn quit(&self) -> Verb;
-    /// Presses the guest's power button.
+    /// Presses the guest's power button, or the keys that have the same effect; a guest without a driver for them does
+    /// not notice.
     fn powerdown(&self) -> Verb;
+    /// Stops the guest's processors. Doing it twice is doing it once.
+    fn pause(&self) -> Verb;
+    /// Lets them go on. Doing it twice is doing it once.
+    fn resume(&self) -> Verb;
+    /// Tells a running guest that the file of its disk `serial` has `bytes` bytes now, which it must have already. Its disk
+    /// only grows.
+    fn resize_disk(&self, serial: &str, bytes: u64) -> Verb;
+    /// Asks whether the guest's processors run; [`Driver::read_run_state`] reads the answer.
+    fn run_state(&self) -> Verb;
+    /// What the answer to [`Driver::run_state`] says; `None` where the guest neither runs nor waits to.
+    fn read_run_state(&self, answer: &serde_json::Value) -> Option<RunState>;
 }

@@ -1,8 +1,8 @@
 //! QEMU's microvm machine: the command line as a pure function of the plan. For QEMU 7.2 and newer.
 
-use super::{Accel, Capabilities, Driver, LaunchSpec, Verb, VmPlan, wire};
+use super::{Accel, Capabilities, Driver, LaunchSpec, RunState, Verb, VmPlan, wire};
 use bothy_contract::{Code, Error};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
 /// HZ of the kernels that images use (Debian: CONFIG_HZ=250). `lpj` depends on it.
@@ -134,7 +134,7 @@ fn value(path: &Path) -> Result<String, Error> {
 
 impl Driver for QemuMicrovm {
     fn name(&self) -> &'static str {
-        "qemu-microvm"
+        super::QEMU_MICROVM
     }
 
     fn version(&self) -> &str {
@@ -142,7 +142,7 @@ impl Driver for QemuMicrovm {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { snapshot: true, resize_disk: true }
+        Capabilities { snapshot: true, resize_disk: true, power_off: true, tcg: true }
     }
 
     fn launch_spec(&self, plan: &VmPlan) -> Result<LaunchSpec, Error> {
@@ -193,6 +193,7 @@ impl Driver for QemuMicrovm {
             vmm: format!("{} {}", self.name(), self.version),
             dir: plan.dir.clone(),
             argv,
+            monitor: wire::Monitor::Qmp,
             tap: Some(plan.tap.clone()),
             uid: plan.uid,
             gid: plan.uid,
@@ -206,6 +207,30 @@ impl Driver for QemuMicrovm {
 
     fn powerdown(&self) -> Verb {
         Verb::Qmp(json!({ "execute": "system_powerdown" }))
+    }
+
+    fn pause(&self) -> Verb {
+        Verb::Qmp(json!({ "execute": "stop" }))
+    }
+
+    fn resume(&self) -> Verb {
+        Verb::Qmp(json!({ "execute": "cont" }))
+    }
+
+    fn resize_disk(&self, serial: &str, bytes: u64) -> Verb {
+        Verb::Qmp(json!({ "execute": "block_resize", "arguments": { "device": serial, "size": bytes } }))
+    }
+
+    fn run_state(&self) -> Verb {
+        Verb::Qmp(json!({ "execute": "query-status" }))
+    }
+
+    fn read_run_state(&self, answer: &Value) -> Option<RunState> {
+        match answer.get("status")?.as_str()? {
+            "running" => Some(RunState::Running),
+            "paused" | "postmigrate" | "prelaunch" => Some(RunState::Paused),
+            _ => None,
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! The directory `<run>/vm/<id>` belongs to the VM's user and, set-group-id, to the agent's group: so the agent reaches
 //! what the holder makes there without the holder being in that group, and no other local user does.
 
+use super::firecracker::api::Request;
 use bothy_contract::{Error, VmId, vm::ExitRecord};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -18,6 +19,16 @@ pub const QMP_SOCKET: &str = "qmp.sock";
 pub const CONTROL_SOCKET: &str = "control.sock";
 /// Where the VMM connects the port `bothy.bulk`.
 pub const BULK_SOCKET: &str = "bulk.sock";
+/// Where Firecracker takes requests.
+pub const API_SOCKET: &str = "api.sock";
+/// Where Firecracker takes connections to ports of its guest.
+pub const VSOCK_SOCKET: &str = "vsock.sock";
+/// What Firecracker logs into; the holder keeps it, bounded, in [`VMM_LOG`].
+pub const LOG_PIPE: &str = "log.pipe";
+/// What Firecracker counts into; the holder keeps it, bounded, in [`METRICS_LOG`].
+pub const METRICS_PIPE: &str = "metrics.pipe";
+/// Firecracker's counters, one line of JSON for each time; `.1` is the older half.
+pub const METRICS_LOG: &str = "metrics.log";
 /// What the guest wrote to its serial console; `.1` is the older half.
 pub const CONSOLE_LOG: &str = "console.log";
 /// What the VMM and the holder wrote; `.1` is the older half.
@@ -32,7 +43,7 @@ pub const TAP_FD: &str = "@tap-fd@";
 pub const MAX_LINE: usize = 1 << 20;
 
 /// What `bothy-vmm launch` reads from its standard input.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LaunchSpec {
     /// The VM.
@@ -41,8 +52,11 @@ pub struct LaunchSpec {
     pub vmm: String,
     /// The holder's directory. It is made anew; what an earlier holder left there goes.
     pub dir: PathBuf,
-    /// The VMM's program and arguments. It connects to the sockets in `dir`, on which the holder listens.
+    /// The VMM's program and arguments.
     pub argv: Vec<String>,
+    /// Which kind of VMM it is: how the holder talks to it and to its guest.
+    #[serde(default)]
+    pub monitor: Monitor,
     /// The TAP that the VMM gets as an open descriptor, whose number takes the place of [`TAP_FD`] in `argv`. It must be
     /// owned by `uid`.
     #[serde(default)]
@@ -53,6 +67,21 @@ pub struct LaunchSpec {
     pub gid: u32,
     /// Their further groups.
     pub groups: Vec<u32>,
+}
+
+/// How the holder talks to a VMM.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Monitor {
+    /// QEMU: it connects its monitor and the guest's two virtio-serial ports to sockets in the holder's directory, on which
+    /// the holder listens.
+    #[default]
+    Qmp,
+    /// Firecracker: it listens on [`API_SOCKET`] and, for the guest's vsock, on [`VSOCK_SOCKET`].
+    Api {
+        /// What it is told, in this order, once it listens; the last one boots the guest.
+        requests: Vec<Request>,
+    },
 }
 
 impl LaunchSpec {
@@ -77,6 +106,10 @@ impl LaunchSpec {
         }
         if self.argv.first().is_none_or(String::is_empty) || self.argv.iter().any(|arg| arg.contains('\0')) {
             return Err(Error::invalid("the VMM's command line is empty or has a zero byte"));
+        }
+        // Without its API a VMM could not be asked anything any more.
+        if self.argv.iter().any(|arg| arg == "--no-api") {
+            return Err(Error::invalid("a VMM without its API cannot be held"));
         }
         if self.uid == 0 || self.gid == 0 || self.groups.contains(&0) {
             return Err(Error::invalid("a VMM does not run as root"));
@@ -219,6 +252,7 @@ mod tests {
             vmm: "x 1".into(),
             dir: "/run/bothy/vm/a".into(),
             argv: vec!["x".into()],
+            monitor: Monitor::Qmp,
             tap: None,
             uid: 780_000,
             gid: 780_000,
@@ -233,6 +267,7 @@ mod tests {
         assert!(LaunchSpec { dir: "/run/../etc".into(), ..spec() }.check().is_err());
         assert!(LaunchSpec { dir: format!("/{}", "x".repeat(100)).into(), ..spec() }.check().is_err());
         assert!(LaunchSpec { argv: vec![], ..spec() }.check().is_err());
+        assert!(LaunchSpec { argv: vec!["x".into(), "--no-api".into()], ..spec() }.check().is_err());
         assert!(LaunchSpec { uid: 0, ..spec() }.check().is_err());
         assert!(LaunchSpec { groups: vec![0], ..spec() }.check().is_err());
     }

@@ -1,18 +1,26 @@
 //! The holder: starts the VMM, keeps what must not break, and writes down how it ended.
 
 use crate::{
+    firecracker::Firecracker,
+    link::Link,
     lock,
     log::Log,
     memory, os_error,
     qmp::Qmp,
     say,
     serve::{self, Vm},
+    socket::HolderSocket,
 };
-use bothy_channel::host::Connector;
 use bothy_contract::{Code, Error, vm::ExitRecord};
-use bothy_vm_agent::vmm::wire::{self, HolderHandle, LaunchSpec, Launched, MAX_LINE, Process, Running};
+use bothy_vm_agent::vmm::{
+    firecracker::{api::Request, client},
+    wire::{self, HolderHandle, LaunchSpec, Launched, MAX_LINE, Monitor, Process, Running},
+};
 use nix::{
-    sys::signal::{Signal, kill},
+    sys::{
+        signal::{Signal, kill},
+        stat::Mode,
+    },
     unistd::Pid,
 };
 use std::{
@@ -29,7 +37,7 @@ use std::{
 };
 use tokio::{
     io::{AsyncRead, AsyncReadExt},
-    net::{UnixListener, UnixStream},
+    net::{UnixListener, unix::pipe},
     process::{Child, Command},
     signal::unix::{SignalKind, signal},
     task::JoinHandle,
@@ -75,12 +83,12 @@ impl From<Error> for Failed {
     }
 }
 
-/// The sockets, listened on before the VMM is started: it connects, and nothing polls.
-struct Sockets {
-    holder: UnixListener,
-    qmp: UnixListener,
-    control: UnixListener,
-    bulk: UnixListener,
+/// The way to the VMM, made before it is started.
+enum Way {
+    /// It connects to these, and nothing polls.
+    Qemu { qmp: UnixListener, control: UnixListener, bulk: UnixListener },
+    /// It listens itself, and is told these. What it logs and counts comes through pipes.
+    Firecracker { requests: Vec<Request>, log: pipe::Receiver, metrics: pipe::Receiver },
 }
 
 /// A started VMM and the tasks that keep its output.
@@ -90,13 +98,6 @@ struct Vmm {
     errors: JoinHandle<()>,
 }
 
-/// What a VMM connects, in whatever order it does.
-struct Connections {
-    qmp: Qmp,
-    control: UnixStream,
-    bulk: UnixStream,
-}
-
 async fn hold(lock: OwnedFd) -> Result<(), Failed> {
     // Out of the agent's session: a hang-up or interrupt meant for the agent does not come here.
     nix::unistd::setsid().map_err(|e| Error::internal("cannot begin a session", &e))?;
@@ -104,13 +105,14 @@ async fn hold(lock: OwnedFd) -> Result<(), Failed> {
     let mut terminate = signal(SignalKind::terminate()).map_err(os_error("cannot wait for signals"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(os_error("cannot wait for signals"))?;
     let spec = read_spec()?;
-    let sockets = listen(&spec.dir)?;
+    let socket = HolderSocket::listen(&spec.dir).map_err(os_error("cannot listen on the holder's socket"))?;
+    let way = prepare(&spec)?;
     let mut vmm = start(&spec)?;
     let vmm_started = wire::monotonic_now()?;
-    let connections = tokio::select! {
-        connected = tokio::time::timeout(START, accept(&sockets)) => match connected {
-            Ok(Ok(connections)) => connections,
-            Ok(Err(err)) => return Err(give_up(vmm, &spec, &format!("its sockets failed: {err}")).await),
+    let link = tokio::select! {
+        connected = tokio::time::timeout(START, connect(way, &spec.dir)) => match connected {
+            Ok(Ok(link)) => link,
+            Ok(Err(why)) => return Err(give_up(vmm, &spec, &why).await),
             Err(_) => return Err(give_up(vmm, &spec, "it did not answer in time").await),
         },
         _ = vmm.child.wait() => return Err(give_up(vmm, &spec, "it ended").await),
@@ -121,13 +123,11 @@ async fn hold(lock: OwnedFd) -> Result<(), Failed> {
         id: spec.vm,
         vmm_version: spec.vmm.clone(),
         handle,
-        control: Connector::new(connections.control),
-        bulk: Connector::new(connections.bulk),
-        qmp: connections.qmp,
+        link,
         exit: RefCell::new(None),
         opened: Cell::new(0),
     });
-    let serving = tokio::task::spawn_local(serve::serve(sockets.holder, vm.clone()));
+    let serving = tokio::task::spawn_local(serve::serve(socket, vm.clone()));
     say(&Launched::Running(Running { handle, vmm_started }));
     // From here on whoever looks finds this holder.
     drop(lock);
@@ -160,22 +160,55 @@ fn read_spec() -> Result<LaunchSpec, Error> {
     Ok(spec)
 }
 
-fn listen(dir: &Path) -> Result<Sockets, Error> {
-    let bind = |name: &str, mode: u32| {
-        let path = dir.join(name);
+fn prepare(spec: &LaunchSpec) -> Result<Way, Error> {
+    let bind = |name: &str| {
+        let path = spec.dir.join(name);
         let listener =
             UnixListener::bind(&path).map_err(os_error(format!("cannot listen on {}", path.display())))?;
-        fs_err::set_permissions(&path, std::fs::Permissions::from_mode(mode))
+        fs_err::set_permissions(&path, std::fs::Permissions::from_mode(0o600))
             .map_err(os_error("cannot set the mode of a socket"))?;
         Ok::<_, Error>(listener)
     };
-    Ok(Sockets {
-        // For the agent's group: the directory passes it on.
-        holder: bind(wire::HOLDER_SOCKET, 0o660)?,
-        qmp: bind(wire::QMP_SOCKET, 0o600)?,
-        control: bind(wire::CONTROL_SOCKET, 0o600)?,
-        bulk: bind(wire::BULK_SOCKET, 0o600)?,
+    let pipe = |name: &str| {
+        let path = spec.dir.join(name);
+        let made = nix::unistd::mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR).map_err(std::io::Error::from);
+        // Open for writing as well: so it never ends, whoever has it open beside.
+        made.and_then(|()| pipe::OpenOptions::new().read_write(true).open_receiver(&path))
+            .map_err(os_error(format!("cannot make the pipe {}", path.display())))
+    };
+    Ok(match &spec.monitor {
+        Monitor::Qmp => Way::Qemu {
+            qmp: bind(wire::QMP_SOCKET)?,
+            control: bind(wire::CONTROL_SOCKET)?,
+            bulk: bind(wire::BULK_SOCKET)?,
+        },
+        Monitor::Api { requests } => Way::Firecracker {
+            requests: requests.clone(),
+            log: pipe(wire::LOG_PIPE)?,
+            metrics: pipe(wire::METRICS_PIPE)?,
+        },
     })
+}
+
+/// Waits until the VMM is what it is to be; or says why it is not.
+async fn connect(way: Way, dir: &Path) -> Result<Link, String> {
+    match way {
+        Way::Qemu { qmp, control, bulk } => {
+            let qmp = async { Qmp::negotiate(qmp.accept().await?.0).await };
+            let connected = tokio::try_join!(qmp, control.accept(), bulk.accept());
+            let (qmp, (control, _), (bulk, _)) =
+                connected.map_err(|err: std::io::Error| format!("its sockets failed: {err}"))?;
+            Ok(Link::qemu(qmp, control, bulk))
+        }
+        Way::Firecracker { requests, log, metrics } => {
+            let open =
+                |name: &str| Log::open(dir.join(name)).map_err(|err| format!("cannot open a log: {err}"));
+            tokio::task::spawn_local(keep(log, open(wire::VMM_LOG)?));
+            tokio::task::spawn_local(keep(metrics, open(wire::METRICS_LOG)?));
+            let vmm = Firecracker::configure(dir, requests).await;
+            vmm.map(Link::Firecracker).map_err(|err| client::chain(&err))
+        }
+    }
 }
 
 fn start(spec: &LaunchSpec) -> Result<Vmm, Error> {
@@ -211,14 +244,6 @@ async fn keep(mut from: impl AsyncRead + Unpin, mut log: Log) {
         }
         drop(log.write(buf.get(..n).unwrap_or_default()));
     }
-}
-
-async fn accept(sockets: &Sockets) -> std::io::Result<Connections> {
-    let qmp = async { Qmp::negotiate(sockets.qmp.accept().await?.0).await };
-    let control = async { Ok(sockets.control.accept().await?.0) };
-    let bulk = async { Ok(sockets.bulk.accept().await?.0) };
-    let (qmp, control, bulk) = tokio::try_join!(qmp, control, bulk)?;
-    Ok(Connections { qmp, control, bulk })
 }
 
 fn find(child: &Child) -> Option<HolderHandle> {
@@ -284,7 +309,16 @@ fn write_record(dir: &Path, record: &ExitRecord) -> std::io::Result<()> {
 
 /// So that nobody takes a dead holder's sockets for a living one's.
 fn remove_sockets(dir: &Path) {
-    for name in [wire::HOLDER_SOCKET, wire::QMP_SOCKET, wire::CONTROL_SOCKET, wire::BULK_SOCKET] {
+    for name in [
+        wire::HOLDER_SOCKET,
+        wire::QMP_SOCKET,
+        wire::CONTROL_SOCKET,
+        wire::BULK_SOCKET,
+        wire::API_SOCKET,
+        wire::VSOCK_SOCKET,
+        wire::LOG_PIPE,
+        wire::METRICS_PIPE,
+    ] {
         drop(fs_err::remove_file(dir.join(name)));
     }
 }

@@ -80,12 +80,14 @@ fn clear(dir: &Path) -> Result<(), Error> {
         return Err(Error::new(Code::AlreadyExists, format!("a holder answers on {}", socket.display())));
     }
     // A mistaken path must not cost anybody a directory: only what holders make is removed.
-    let known = [wire::CONSOLE_LOG, wire::VMM_LOG, wire::EXIT_RECORD];
+    let known = [wire::CONSOLE_LOG, wire::VMM_LOG, wire::METRICS_LOG, wire::EXIT_RECORD];
     for entry in fs_err::read_dir(dir).map_err(os_error("cannot read the holder's directory"))? {
         let entry = entry.map_err(os_error("cannot read the holder's directory"))?;
         let kind = entry.file_type().map_err(os_error("cannot look into the holder's directory"))?;
         let name = entry.file_name();
-        let ours = kind.is_socket() || known.iter().any(|known| name.to_string_lossy().starts_with(known));
+        let ours = kind.is_socket()
+            || kind.is_fifo()
+            || known.iter().any(|known| name.to_string_lossy().starts_with(known));
         if !ours || kind.is_dir() {
             return Err(Error::new(
                 Code::FailedPrecondition,

@@ -8,13 +8,16 @@
 //! It does as little as it can, so that it need not be replaced under a running VM: no bus, no database, no guest protocol.
 
 mod exec;
+mod firecracker;
 mod hold;
 mod launch;
+mod link;
 mod lock;
 mod log;
 mod memory;
 mod qmp;
 mod serve;
+mod socket;
 mod tap;
 
 use bothy_contract::Error;

@@ -1,7 +1,6 @@
 //! Answering on `holder.sock`: one request line per connection.
 
-use crate::qmp::Qmp;
-use bothy_channel::host::Connector;
+use crate::{link::Link, socket::HolderSocket};
 use bothy_contract::{VmId, vm::ExitRecord};
 use bothy_vm_agent::vmm::wire::{HolderHandle, MAX_LINE, State, Status};
 use nix::{
@@ -17,7 +16,7 @@ use std::{
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{UnixListener, UnixStream},
+    net::UnixStream,
     sync::Semaphore,
 };
 
@@ -25,8 +24,6 @@ use tokio::{
 const MAX_CONNECTIONS: usize = 2 * bothy_channel::MAX_STREAMS + 32;
 /// How long a caller may take to send its line.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// The guest port that rides the first virtio-serial port; all others ride the second.
-const CONTROL_PORT: u32 = 1;
 
 /// What the holder knows of its VM.
 #[derive(Debug)]
@@ -34,20 +31,18 @@ pub(crate) struct Vm {
     pub(crate) id: VmId,
     pub(crate) vmm_version: String,
     pub(crate) handle: HolderHandle,
-    pub(crate) control: Connector,
-    pub(crate) bulk: Connector,
-    pub(crate) qmp: Qmp,
+    pub(crate) link: Link,
     pub(crate) exit: RefCell<Option<ExitRecord>>,
     pub(crate) opened: Cell<u64>,
 }
 
 /// Serves for ever; needs a `LocalSet`.
-pub(crate) async fn serve(listener: UnixListener, vm: Rc<Vm>) {
+pub(crate) async fn serve(mut socket: HolderSocket, vm: Rc<Vm>) {
     let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let Ok(permit) = room.clone().acquire_owned().await else { return };
-        match listener.accept().await {
-            Ok((stream, _)) => {
+        match socket.accept().await {
+            Ok(stream) => {
                 let vm = vm.clone();
                 tokio::task::spawn_local(async move {
                     // A caller that went away is nobody's error.
@@ -74,8 +69,15 @@ async fn answer(mut stream: UnixStream, vm: &Vm) -> io::Result<()> {
         },
         "STATUS" => status(vm),
         "KILL" => signal(vm, rest),
-        "QMP" => monitor(vm, rest).await,
-        _ => "ERR not one of CONNECT, STATUS, KILL, QMP".into(),
+        "QMP" => match serde_json::from_str(rest) {
+            Ok(command) => told(vm.link.qmp(command).await),
+            Err(err) => format!("ERR not a JSON command: {err}"),
+        },
+        "API" => match serde_json::from_str(rest) {
+            Ok(request) => told(vm.link.api(request).await),
+            Err(err) => format!("ERR not a request: {err}"),
+        },
+        _ => "ERR not one of CONNECT, STATUS, KILL, QMP, API".into(),
     };
     stream.write_all(format!("{reply}\n").as_bytes()).await
 }
@@ -96,10 +98,9 @@ async fn line(stream: &mut UnixStream) -> io::Result<String> {
 }
 
 async fn connect(mut stream: UnixStream, vm: &Vm, port: u32) -> io::Result<()> {
-    let connector = if port == CONTROL_PORT { &vm.control } else { &vm.bulk };
     let mut early = None;
     let opened = tokio::select! {
-        opened = connector.open(port) => opened,
+        opened = vm.link.open(port) => opened,
         // The caller gave up before the guest's session was there.
         () = gone(&stream, &mut early) => return Ok(()),
     };
@@ -139,14 +140,15 @@ async fn gone(stream: &UnixStream, early: &mut Option<u8>) {
 
 fn status(vm: &Vm) -> String {
     let exit = vm.exit.borrow().clone();
+    let (control_up, bulk_up) = vm.link.up();
     let status = Status {
         vm: vm.id,
         vmm_version: vm.vmm_version.clone(),
         handle: vm.handle,
         state: if exit.is_some() { State::Exited } else { State::Running },
         exit,
-        control_up: vm.control.is_ready(),
-        bulk_up: vm.bulk.is_ready(),
+        control_up,
+        bulk_up,
     };
     serde_json::to_string(&status).unwrap_or_else(|err| format!("ERR {err}"))
 }
@@ -166,13 +168,10 @@ fn signal(vm: &Vm, number: &str) -> String {
     }
 }
 
-async fn monitor(vm: &Vm, command: &str) -> String {
-    let command = match serde_json::from_str(command) {
-        Ok(command) => command,
-        Err(err) => return format!("ERR not a JSON command: {err}"),
-    };
-    match vm.qmp.call(command).await {
+/// The VMM's answer, or why there is none, as one line.
+fn told(answer: Result<serde_json::Value, String>) -> String {
+    match answer {
         Ok(answer) => answer.to_string(),
-        Err(err) => format!("ERR {err}"),
+        Err(err) => format!("ERR {}", err.replace('\n', " ")),
     }
 }

@@ -1,0 +1,235 @@
+//! Firecracker: a fresh process is told over its API what it is to be, then booted.
+//!
+//! The driver only makes the list of requests ([`api`]); the holder sends them ([`client`]). Firecracker differs from QEMU in
+//! what its guest must know, which is told on the kernel's command line, for `bothy-guest` to read:
+//!
+//! - `bothy.disks=rootfs,system,work`: its disks have no serial of ours, so they are known by their order.
+//! - `bothy.end=reset`: its machine cannot be powered off (a guest that tries halts, and the process stays); it ends when
+//!   the guest resets it.
+
+pub mod api;
+pub mod client;
+mod version;
+
+use super::{
+    Accel, Capabilities, Driver, LaunchSpec, RunState, Verb, VmPlan,
+    wire::{self, Monitor},
+};
+use api::{
+    Action, Balloon, BootSource, CacheType, Drive, DrivePatch, Entropy, Level, Logger, MachineConfig,
+    Metrics, NetworkInterface, Request, VmState, Vsock,
+};
+use bothy_contract::{Code, Error};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+
+pub use version::Version;
+
+/// The guest's vsock address. Every guest has the same: each has a socket of its own on the host.
+const CID: u32 = 3;
+/// Which disk is which, in the order in which the guest finds them.
+const DISKS: &str = "rootfs,system,work";
+
+/// The driver for Firecracker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Firecracker {
+    program: PathBuf,
+    version: Version,
+    text: String,
+}
+
+impl Firecracker {
+    /// A driver for a Firecracker whose version is known already.
+    pub fn new(program: impl Into<PathBuf>, version: Version) -> Self {
+        Self { program: program.into(), text: version.to_string(), version }
+    }
+
+    /// Asks `program` for its version.
+    ///
+    /// # Errors
+    /// It is not there (`NotFound`), cannot be run, or is of a version that this driver is not made for.
+    pub async fn find(program: &Path) -> Result<Self, Error> {
+        let output = tokio::process::Command::new(program)
+            .arg("--version")
+            .stdin(std::process::Stdio::null())
+            .kill_on_drop(true)
+            .output()
+            .await
+            .map_err(|e| {
+                let code = match e.kind() {
+                    std::io::ErrorKind::NotFound => Code::NotFound,
+                    _ => Code::FailedPrecondition,
+                };
+                Error::new(code, format!("cannot run {}: {e}", program.display()))
+                    .hint("install Firecracker, or set `vm.firecracker` in bothy.toml to where it is")
+            })?;
+        let said = String::from_utf8_lossy(&output.stdout);
+        let version = Version::parse(&said).ok_or_else(|| {
+            Error::new(
+                Code::FailedPrecondition,
+                format!("`{} --version` does not name a version of Firecracker", program.display()),
+            )
+        })?;
+        version.check().map_err(|e| e.context(program.display()))?;
+        Ok(Self::new(program, version))
+    }
+}
+
+/// The kernel's command line. The keyboard controller is what a reset goes through (`reboot=k`); there is no PCI to look for.
+fn kernel_command_line() -> String {
+    format!(
+        "console=ttyS0 panic=-1 reboot=k quiet cryptomgr.notests pci=off i8042.noaux i8042.nomux i8042.nopnp \
+         i8042.dumbkbd bothy.disks={DISKS} bothy.end=reset"
+    )
+}
+
+/// All requests that make a fresh Firecracker the VM of `plan` and boot it.
+fn requests(plan: &VmPlan) -> Vec<Request> {
+    let drive = |id: &str, path: &Path, read_only: bool| {
+        Request::drive(&Drive {
+            drive_id: id.into(),
+            path_on_host: path.into(),
+            // Ours is the initramfs: it finds the root by itself.
+            is_root_device: false,
+            is_read_only: read_only,
+            // What a guest was told is on the disk survives a crash of the host.
+            cache_type: if read_only { CacheType::Unsafe } else { CacheType::Writeback },
+        })
+    };
+    vec![
+        Request::logger(&Logger {
+            log_path: plan.dir.join(wire::LOG_PIPE),
+            level: Level::Warning,
+            show_level: true,
+            show_log_origin: false,
+        }),
+        Request::metrics(&Metrics { metrics_path: plan.dir.join(wire::METRICS_PIPE) }),
+        Request::machine(&MachineConfig {
+            vcpu_count: plan.cpus,
+            mem_size_mib: plan.memory_mib,
+            smt: false,
+            track_dirty_pages: false,
+        }),
+        Request::boot_source(&BootSource {
+            kernel_image_path: plan.kernel.clone(),
+            initrd_path: Some(plan.initrd.clone()),
+            boot_args: Some(kernel_command_line()),
+        }),
+        // In the order of DISKS.
+        drive("rootfs", &plan.rootfs, true),
+        drive("system", &plan.system, false),
+        drive("work", &plan.work, false),
+        Request::network(&NetworkInterface {
+            iface_id: "net".into(),
+            host_dev_name: plan.tap.clone(),
+            guest_mac: Some(plan.mac.clone()),
+        }),
+        Request::vsock(&Vsock { guest_cid: CID, uds_path: plan.dir.join(wire::VSOCK_SOCKET) }),
+        Request::entropy(&Entropy {}),
+        Request::balloon(&Balloon { amount_mib: 0, deflate_on_oom: true, stats_polling_interval_s: 0 }),
+        Request::action(Action::InstanceStart),
+    ]
+}
+
+impl Driver for Firecracker {
+    fn name(&self) -> &'static str {
+        super::FIRECRACKER
+    }
+
+    fn version(&self) -> &str {
+        &self.text
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            snapshot: self.version.snapshots().is_ok(),
+            resize_disk: true,
+            power_off: false,
+            tcg: false,
+        }
+    }
+
+    fn launch_spec(&self, plan: &VmPlan) -> Result<LaunchSpec, Error> {
+        if plan.accel != Accel::Kvm {
+            return Err(Error::new(Code::FailedPrecondition, "Firecracker runs guests under KVM only")
+                .hint("set `vm.driver` to `auto` or `qemu-microvm` in bothy.toml"));
+        }
+        if plan.cpus == 0 || plan.cpus > api::MAX_CPUS {
+            return Err(Error::invalid(format!(
+                "{} cpus are more than Firecracker can give a guest, {}",
+                plan.cpus,
+                api::MAX_CPUS
+            ))
+            .hint("ask for fewer, or set `vm.driver` to `qemu-microvm` in bothy.toml"));
+        }
+        for path in [&plan.dir, &plan.kernel, &plan.initrd, &plan.rootfs, &plan.system, &plan.work] {
+            text(path)?;
+        }
+        let socket = plan.dir.join(wire::API_SOCKET);
+        let argv = vec![
+            text(&self.program)?,
+            "--id".into(),
+            plan.vm.to_string(),
+            "--api-sock".into(),
+            text(&socket)?,
+        ];
+        Ok(LaunchSpec {
+            vm: plan.vm,
+            vmm: format!("{} {}", self.name(), self.text),
+            dir: plan.dir.clone(),
+            argv,
+            monitor: Monitor::Api { requests: requests(plan) },
+            // It opens the TAP by its name.
+            tap: None,
+            uid: plan.uid,
+            gid: plan.uid,
+            groups: plan.groups.clone(),
+        })
+    }
+
+    /// Firecracker has no way out of its own. It writes to its disks' files at once, so that nothing is lost with it.
+    fn quit(&self) -> Verb {
+        Verb::Signal(15)
+    }
+
+    fn powerdown(&self) -> Verb {
+        Verb::Api(Request::action(Action::SendCtrlAltDel))
+    }
+
+    fn pause(&self) -> Verb {
+        Verb::Api(Request::vm(VmState::Paused))
+    }
+
+    fn resume(&self) -> Verb {
+        Verb::Api(Request::vm(VmState::Resumed))
+    }
+
+    /// Firecracker takes the size from the file.
+    fn resize_disk(&self, serial: &str, _bytes: u64) -> Verb {
+        Verb::Api(Request::redrive(&DrivePatch {
+            drive_id: serial.into(),
+            path_on_host: api::SAME_PATH.into(),
+        }))
+    }
+
+    fn run_state(&self) -> Verb {
+        Verb::Api(Request::describe())
+    }
+
+    fn read_run_state(&self, answer: &Value) -> Option<RunState> {
+        match answer.get("state")?.as_str()? {
+            "Running" => Some(RunState::Running),
+            "Paused" => Some(RunState::Paused),
+            _ => None,
+        }
+    }
+}
+
+fn text(path: &Path) -> Result<String, Error> {
+    path.to_str()
+        .map(str::to_owned)
+        .ok_or_else(|| Error::invalid(format!("path {} is not UTF-8", path.display())))
+}
+
+#[cfg(test)]
+mod tests;
