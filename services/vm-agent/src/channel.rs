@@ -88,12 +88,7 @@ async fn open(agent: Agent, stream: Stream, redeemed: Redeemed) {
 
 /// The holder of a VM whose VMM lives.
 async fn holder(agent: &Agent, vm: VmId) -> Result<Holder, Error> {
-    let row = agent.vm(vm).await?;
-    match (row.handle, row.record.lease.as_ref()) {
-        (Some(_), Some(lease)) => Ok(agent.holder(vm, lease)),
-        _ => Err(Error::new(Code::FailedPrecondition, format!("VM {} is not running", row.record.name))
-            .hint(format!("start it with `bothy vm start {}`", row.record.name))),
-    }
+    Ok(agent.running(vm).await?.place.holder(&agent.config, vm))
 }
 
 async fn connect(agent: &Agent, vm: VmId, port: u32) -> Result<tokio::net::UnixStream, Error> {

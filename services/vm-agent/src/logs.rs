@@ -40,10 +40,10 @@ impl Log {
         };
         let path = agent.config.holder_dir(vm).join(name);
         if fs::symlink_metadata(&path).is_err() {
-            return Err(Error::not_found(format!("VM {} has no such log yet", row.record.name))
+            return Err(Error::not_found(format!("VM {} has no such log yet", row.facts.name))
                 .hint("a VM has logs from its first launch until it is deleted"));
         }
-        Ok(Self { path, writer: row.handle.map(|h| h.holder) })
+        Ok(Self { path, writer: row.phase.live().map(|live| live.vmm.handle.holder) })
     }
 
     /// Writes the log to `to`: the older half, what there is, and with `follow` what comes until the holder ends.

@@ -1,12 +1,14 @@
 //! `bothy-vm-agent`: VM records, the operations on VMs, and the way to their guests.
 //!
 //! Started, it first finds out what became of the VMs it knows ([`lifecycle::recover`]), then takes up the operations that
-//! an earlier process left, then answers on the bus. VMs live in their holders, so ending this process harms none.
+//! an earlier process left, gives each VM its machine, then answers on the bus. VMs live in their holders, so ending this process harms none.
 
 mod channel;
 mod lifecycle;
 mod logs;
+mod phase;
 mod service;
+mod stats;
 mod store;
 
 use bothy_bus::Client;
@@ -44,6 +46,7 @@ async fn run(args: Args, shutdown: CancellationToken) -> Result<(), Error> {
     let ops = Ops::new(db, Service::Vm, Arc::new(VmKinds::new(agent.clone())));
     ops.publish_to(Arc::new(client.clone()));
     ops.resume().await?;
+    lifecycle::machine::start_all(&agent, &ops).await?;
     tokio::spawn(agent.clone().try_kvm());
     let tickets = channel::tickets(&agent);
     let serving = tokio::spawn(channel::serve(tickets.clone(), shutdown.clone()));

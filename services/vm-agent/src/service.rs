@@ -4,36 +4,42 @@ use crate::{
     channel::{self, StreamTickets},
     lifecycle::{
         Agent,
+        ask::{Ask, KillInput, StopInput},
         boot::BootInput,
         end::MAX_GRACE_MS,
-        kinds::{CREATE, DELETE, START, STOP},
-        state::{self, Wish},
+        kinds::CREATE,
+        machine,
     },
-    store::{self, Vm},
+    phase::Phase,
+    stats,
+    store::{self, Facts, Vm},
 };
 use bothy_bus::{Client, Context, Server};
 use bothy_config::Accelerator;
 use bothy_contract::{
-    Error, VmId, VmName,
+    Error, RequestId, VmId, VmName,
     methods::{
-        VmChannelOpen, VmCreate, VmDelete, VmHostShow, VmListAll, VmLogOpen, VmOpCancel, VmOpList, VmOpShow,
-        VmShow, VmStart, VmStop,
+        VmChannelOpen, VmCreate, VmDelete, VmHostShow, VmKill, VmListAll, VmLogOpen, VmOpCancel, VmOpList,
+        VmOpShow, VmPortsList, VmRestart, VmSet, VmShow, VmStart, VmStatsShow, VmStop,
     },
     op::Begun,
-    vm::{CreateVm, DeleteVm, StartVm, StopVm, VmHost, VmList, VmRecord, VmSpec},
+    vm::{CreateVm, VmHost, VmList},
 };
-use bothy_ops::{New, Ops};
-use bothy_vm_agent::vmm::Driver;
-use serde::Serialize;
+use bothy_ops::Ops;
 use tokio_util::sync::CancellationToken;
 
 /// Requests that are executed at once; the others wait.
 const CONCURRENCY: usize = 64;
+/// The signals that may be sent to a VMM: those that end a process by default and that a user sends by hand (signal(7)).
+const SIGNALS: [(i32, &str); 6] =
+    [(1, "HUP"), (2, "INT"), (3, "QUIT"), (6, "ABRT"), (9, "KILL"), (15, "TERM")];
 
+/// What every method works with.
 #[derive(Clone)]
 struct Service {
     agent: Agent,
     ops: Ops,
+    tickets: StreamTickets,
 }
 
 /// Answers until `shutdown`. `ready` is called once the methods are there.
@@ -48,70 +54,54 @@ pub(crate) async fn run(
     shutdown: CancellationToken,
     ready: impl FnOnce() + Send + 'static,
 ) -> Result<(), Error> {
-    let service = Service { agent: agent.clone(), ops: ops.clone() };
-    let server = Server::new(client, CONCURRENCY).on_ready(ready);
-    let s = service.clone();
-    let server = server.serve::<VmCreate, _, _>(move |cx, ask| {
-        let s = s.clone();
-        async move { s.create(cx, ask).await }
-    });
-    let s = service.clone();
-    let server = server.serve::<VmStart, _, _>(move |cx, ask| {
-        let s = s.clone();
-        async move { s.start(cx, ask).await }
-    });
-    let s = service.clone();
-    let server = server.serve::<VmStop, _, _>(move |cx, ask| {
-        let s = s.clone();
-        async move { s.stop(cx, ask).await }
-    });
-    let s = service.clone();
-    let server = server.serve::<VmDelete, _, _>(move |cx, ask| {
-        let s = s.clone();
-        async move { s.delete(cx, ask).await }
-    });
-    let a = agent.clone();
-    let server = server.serve::<VmListAll, _, _>(move |_, _| {
-        let a = a.clone();
-        async move {
-            let vms = a.db.read(store::all).await?;
-            Ok(VmList { vms: vms.into_iter().map(|vm| vm.record).collect() })
-        }
-    });
-    let a = agent.clone();
-    let server = server.serve::<VmShow, _, _>(move |_, ask| {
-        let a = a.clone();
-        async move { Ok(a.vm(ask.vm).await?.record) }
-    });
-    let (a, t) = (agent.clone(), tickets.clone());
-    let server = server.serve::<VmChannelOpen, _, _>(move |_, ask| {
-        let (a, t) = (a.clone(), t.clone());
-        async move { channel::open_channel(&a, &t, ask).await }
-    });
-    let (a, t) = (agent.clone(), tickets);
-    let server = server.serve::<VmLogOpen, _, _>(move |_, ask| {
-        let (a, t) = (a.clone(), t.clone());
-        async move { channel::open_log(&a, &t, ask).await }
-    });
-    let server = server.serve::<VmHostShow, _, _>(move |_, _| {
-        let a = agent.clone();
-        async move { host(&a).await }
-    });
-    let o = ops.clone();
-    let server = server.serve::<VmOpShow, _, _>(move |_, ask| {
-        let o = o.clone();
-        async move { o.show(ask).await }
-    });
-    let o = ops.clone();
-    let server = server.serve::<VmOpList, _, _>(move |_, ask| {
-        let o = o.clone();
-        async move { o.list(ask).await }
-    });
-    let server = server.serve::<VmOpCancel, _, _>(move |_, ask| {
-        let o = ops.clone();
-        async move { o.cancel(ask).await }
-    });
-    server.run(shutdown).await
+    let service = Service { agent, ops, tickets };
+    // A method as a closure over the service: `|service, context, request| future`.
+    macro_rules! on {
+        (|$s:ident, $cx:ident, $ask:ident| $body:expr) => {{
+            let service = service.clone();
+            move |$cx, $ask| {
+                let $s = service.clone();
+                async move { $body }
+            }
+        }};
+    }
+    Server::new(client, CONCURRENCY)
+        .on_ready(ready)
+        .serve::<VmCreate, _, _>(on!(|s, cx, ask| s.create(cx, ask).await))
+        .serve::<VmStart, _, _>(on!(|s, cx, ask| {
+            s.begin(cx, ask.vm, Ask::Start { identity: ask.identity, force: ask.force }).await
+        }))
+        .serve::<VmRestart, _, _>(on!(|s, cx, ask| {
+            let stop = stop_input(ask.grace_ms)?;
+            s.begin(cx, ask.vm, Ask::Restart { stop, identity: ask.identity }).await
+        }))
+        .serve::<VmStop, _, _>(on!(|s, cx, ask| {
+            s.begin(cx, ask.vm, Ask::Stop(stop_input(ask.grace_ms)?)).await
+        }))
+        .serve::<VmKill, _, _>(on!(|s, cx, ask| {
+            s.begin(cx, ask.vm, Ask::Kill(kill_input(ask.signal)?)).await
+        }))
+        .serve::<VmSet, _, _>(on!(|s, cx, ask| s.begin(cx, ask.vm, Ask::Set(ask.into())).await))
+        .serve::<VmDelete, _, _>(on!(|s, cx, ask| {
+            s.begin(cx, ask.vm, Ask::Delete { force: ask.force }).await
+        }))
+        .serve::<VmListAll, _, _>(on!(|s, _cx, _ask| {
+            let vms = s.agent.db.read(store::all).await?;
+            Ok(VmList { vms: vms.iter().map(Vm::record).collect() })
+        }))
+        .serve::<VmShow, _, _>(on!(|s, _cx, ask| Ok(s.agent.vm(ask.vm).await?.record())))
+        .serve::<VmStatsShow, _, _>(on!(|s, _cx, ask| stats::show(&s.agent, ask).await))
+        .serve::<VmPortsList, _, _>(on!(|s, _cx, ask| stats::ports(&s.agent, ask.vm).await))
+        .serve::<VmChannelOpen, _, _>(on!(|s, _cx, ask| {
+            channel::open_channel(&s.agent, &s.tickets, ask).await
+        }))
+        .serve::<VmLogOpen, _, _>(on!(|s, _cx, ask| channel::open_log(&s.agent, &s.tickets, ask).await))
+        .serve::<VmHostShow, _, _>(on!(|s, _cx, _ask| host(&s.agent).await))
+        .serve::<VmOpShow, _, _>(on!(|s, _cx, ask| s.ops.show(ask).await))
+        .serve::<VmOpList, _, _>(on!(|s, _cx, ask| s.ops.list(ask).await))
+        .serve::<VmOpCancel, _, _>(on!(|s, _cx, ask| s.ops.cancel(ask).await))
+        .run(shutdown)
+        .await
 }
 
 impl Service {
@@ -122,81 +112,52 @@ impl Service {
             Some(name) => name.clone(),
             None => free_name(vm)?,
         };
-        let machine_id = uuid::Uuid::new_v4().as_simple().to_string();
-        let row = Vm { record: new_record(vm, &name, &ask), machine_id: machine_id.clone(), handle: None };
-        let input = BootInput { name: name.clone(), spec: ask.spec, machine_id };
-        let new = new(CREATE, vm, &name, ask.owner, &cx, &input)?;
+        let CreateVm { spec, owner, .. } = ask;
+        let facts = Facts {
+            egress: spec.reaches(),
+            publish: spec.publish.clone(),
+            ..Facts::new(vm, name.clone(), owner, spec.image.clone(), spec.shape.clone())
+        };
+        let machine_id = facts.machine_id.clone();
+        let input = serde_json::to_value(BootInput { name: name.clone(), spec, machine_id })
+            .map_err(|e| Error::internal("cannot keep the request", &e))?;
+        let new = machine::new(CREATE, vm, &name, owner, Some(cx.request_id), input);
         let most = self.agent.config.vm.max_per_user;
-        let begun = self.ops.begin(new, move |tx, _| store::insert(tx, &row, most)).await?;
-        Ok(begun.into())
-    }
-
-    async fn start(&self, cx: Context, ask: StartVm) -> Result<Begun, Error> {
-        let row = self.agent.vm(ask.vm).await?;
-        let VmRecord { name, image, shape, nat, .. } = row.record.clone();
-        let spec = VmSpec { name: Some(name.clone()), image, shape, nat, identity: ask.identity };
-        let input = BootInput { name, spec, machine_id: row.machine_id.clone() };
-        self.begin(START, &row, cx, &input, Wish::Start).await
-    }
-
-    async fn stop(&self, cx: Context, ask: StopVm) -> Result<Begun, Error> {
-        if ask.grace_ms > MAX_GRACE_MS {
-            return Err(Error::invalid(format!("{} ms is not a valid grace", ask.grace_ms))
-                .hint(format!("give at most {MAX_GRACE_MS} ms")));
-        }
-        let row = self.agent.vm(ask.vm).await?;
-        self.begin(STOP, &row, cx, &ask, Wish::Stop).await
-    }
-
-    async fn delete(&self, cx: Context, ask: DeleteVm) -> Result<Begun, Error> {
-        let row = self.agent.vm(ask.vm).await?;
-        let wish = Wish::Delete { force: ask.force };
-        self.begin(DELETE, &row, cx, &ask, wish).await
-    }
-
-    /// Begins an operation on a VM that is there, if its state allows it at that moment.
-    async fn begin<T: Serialize>(
-        &self,
-        kind: &'static str,
-        row: &Vm,
-        cx: Context,
-        input: &T,
-        wish: Wish,
-    ) -> Result<Begun, Error> {
-        let id = row.record.id;
-        let new = new(kind, id, &row.record.name, row.record.owner, &cx, input)?;
         let begun = self
             .ops
-            .begin(new, move |tx, _| {
-                store::update(tx, id, |vm| {
-                    let to = state::grant(&vm.record.name, vm.record.state, wish)?;
-                    store::set_state(vm, to, None);
-                    Ok(())
-                })
+            .begin(new, move |tx, op| {
+                let row = Vm { facts: Facts { busy: Some(op.id), ..facts }, phase: Phase::Reserved };
+                store::insert(tx, &row, most)
             })
             .await?;
+        if !begun.repeated {
+            self.agent.machines.start(&self.agent, &self.ops, vm);
+        }
         Ok(begun.into())
     }
-}
 
-fn new<T: Serialize>(
-    kind: &'static str,
-    vm: VmId,
-    name: &VmName,
-    owner: u32,
-    cx: &Context,
-    input: &T,
-) -> Result<New, Error> {
-    let input = serde_json::to_value(input).map_err(|e| Error::internal("cannot keep the request", &e))?;
-    Ok(New { kind, subject: name.to_string(), vm: Some(vm), owner, request: Some(cx.request_id), input })
-}
-
-fn new_record(vm: VmId, name: &VmName, ask: &CreateVm) -> VmRecord {
-    let CreateVm { spec, owner, .. } = ask;
-    VmRecord {
-        nat: spec.nat,
-        ..VmRecord::new(vm, name.clone(), *owner, spec.image.clone(), spec.shape.clone())
+    /// Begins an operation on a VM that is there.
+    async fn begin(&self, cx: Context, vm: VmId, ask: Ask) -> Result<Begun, Error> {
+        let request: Option<RequestId> = Some(cx.request_id);
+        Ok(self.agent.machines.begin(vm, ask, request).await?.into())
     }
+}
+
+fn stop_input(grace_ms: u64) -> Result<StopInput, Error> {
+    if grace_ms > MAX_GRACE_MS {
+        return Err(Error::invalid(format!("{grace_ms} ms is not a valid grace"))
+            .hint(format!("give at most {MAX_GRACE_MS} ms")));
+    }
+    Ok(StopInput { grace_ms, why: None })
+}
+
+fn kill_input(signal: i32) -> Result<KillInput, Error> {
+    if SIGNALS.iter().any(|(number, _)| *number == signal) {
+        return Ok(KillInput { signal });
+    }
+    let known: Vec<_> = SIGNALS.iter().map(|(number, name)| format!("{name} ({number})")).collect();
+    Err(Error::invalid(format!("signal {signal} is not one that ends a VMM"))
+        .hint(format!("give one of {}", known.join(", "))))
 }
 
 /// A name that is as good as unique: from the random end of the id.
@@ -208,20 +169,21 @@ fn free_name(vm: VmId) -> Result<VmName, Error> {
 
 async fn host(agent: &Agent) -> Result<VmHost, Error> {
     let vms = agent.db.read(store::all).await?;
-    let (accelerator, accelerator_reason) = match (agent.known_accel(), agent.config.vm.accelerator) {
+    let choice = agent.known_choice();
+    let (accelerator, accelerator_reason) = match (&choice.finding, agent.config.vm.accelerator) {
         (Some(found), _) => (found.accel.to_string(), found.reason.clone()),
         (None, Accelerator::Tcg) => ("tcg".into(), "set by `vm.accelerator`".into()),
         (None, Accelerator::Kvm) => ("kvm".into(), "set by `vm.accelerator`; tried with the first VM".into()),
         (None, Accelerator::Auto) => ("auto".into(), "KVM is tried with the first VM".into()),
     };
     Ok(VmHost {
-        driver: agent.driver.name().to_owned(),
-        vmm_version: agent.driver.version().to_owned(),
+        driver: choice.driver.name().to_owned(),
+        vmm_version: choice.driver.version().to_owned(),
         accelerator,
         accelerator_reason,
-        driver_reason: String::new(),
+        driver_reason: choice.reason.clone(),
         limits: String::new(),
-        running: u32::try_from(vms.iter().filter(|vm| vm.handle.is_some()).count()).unwrap_or(u32::MAX),
+        running: u32::try_from(vms.iter().filter(|vm| vm.phase.live().is_some()).count()).unwrap_or(u32::MAX),
         total: u32::try_from(vms.len()).unwrap_or(u32::MAX),
     })
 }

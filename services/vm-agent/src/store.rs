@@ -1,63 +1,156 @@
 //! The VMs' rows. Every change of a VM is one transaction that reads its row, decides, and writes it: so all that can
 //! happen to a VM (an operation's end, its VMM's exit) has one order, and no lock is held across an await.
+//!
+//! What is known of a VMM is a column of its own: a cache that may be lost or damaged without the VM being so.
 
+use crate::phase::{Phase, Placed, Vmm};
 use bothy_contract::{
-    Code, Error, VmId, VmName,
-    vm::{ExitRecord, VmRecord, VmState},
+    Code, Error, ImageName, OpId, VmId, VmName,
+    net::{Egress, Lease, Publish},
+    vm::{ExitRecord, Shape, VmRecord, VmState},
 };
 use bothy_db::{
     Error as DbError,
-    rusqlite::{Connection, OptionalExtension, Transaction, params},
+    rusqlite::{Connection, OptionalExtension, Row, Transaction, params},
 };
-use bothy_vm_agent::vmm::wire::HolderHandle;
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-/// The schema: the operations' journal, then the VMs. A row is a [`Vm`] as JSON; id and name stand beside it, since names
-/// are unique.
+/// The schema: the operations' journal, then the VMs. `data` is a [`Facts`] and the lease as JSON, `vmm` a [`Vmm`]; id and
+/// name stand beside them, since names are unique.
 pub(crate) const MIGRATIONS: &[&str] = &[
     bothy_ops::SCHEMA,
-    "CREATE TABLE vm(id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, data TEXT NOT NULL) STRICT;",
+    "CREATE TABLE vm(id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, data TEXT NOT NULL, vmm TEXT) STRICT;",
 ];
 
 /// All that the agent knows of a VM.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Vm {
-    /// What others see.
-    pub(crate) record: VmRecord,
+    /// What it is and where it stands.
+    pub(crate) facts: Facts,
+    /// What there is of it.
+    pub(crate) phase: Phase,
+}
+
+/// What a VM is, whatever there is of it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Facts {
+    pub(crate) id: VmId,
+    pub(crate) name: VmName,
+    pub(crate) owner: u32,
+    pub(crate) image: ImageName,
+    pub(crate) shape: Shape,
+    /// What the guest may reach.
+    #[serde(default)]
+    pub(crate) egress: Egress,
+    /// Ports of the guest that the host answers for.
+    #[serde(default)]
+    pub(crate) publish: Vec<Publish>,
     /// The guest's machine-id: 32 hex digits, the same from create to delete.
     pub(crate) machine_id: String,
-    /// The holder and its VMM, from their start until their end was noticed.
-    #[serde(default)]
-    pub(crate) handle: Option<HolderHandle>,
+    pub(crate) created: Timestamp,
+    pub(crate) state: VmState,
+    pub(crate) reason: Option<String>,
+    /// The operation that is at work on it. Nobody else may begin one.
+    pub(crate) busy: Option<OpId>,
+    pub(crate) last_exit: Option<ExitRecord>,
+    pub(crate) started: Option<Timestamp>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Data {
+    #[serde(flatten)]
+    facts: Facts,
+    lease: Option<Lease>,
+}
+
+impl Facts {
+    /// A VM that is about to be created.
+    pub(crate) fn new(id: VmId, name: VmName, owner: u32, image: ImageName, shape: Shape) -> Self {
+        Self {
+            id,
+            name,
+            owner,
+            image,
+            shape,
+            egress: Egress::None,
+            publish: Vec::new(),
+            machine_id: uuid::Uuid::new_v4().as_simple().to_string(),
+            created: Timestamp::now(),
+            state: VmState::Creating,
+            reason: None,
+            busy: None,
+            last_exit: None,
+            started: None,
+        }
+    }
 }
 
 impl Vm {
     /// The VMM has ended.
     pub(crate) fn ended(&mut self, exit: Option<ExitRecord>) {
-        self.handle = None;
-        self.record.vmm_pid = None;
+        self.phase.end();
         if exit.is_some() {
-            self.record.last_exit = exit;
+            self.facts.last_exit = exit;
         }
     }
 
-    /// The VMM has started.
-    pub(crate) fn launched(&mut self, handle: HolderHandle, vmm: String) {
-        self.handle = Some(handle);
-        self.record.vmm_pid = Some(handle.vmm.pid);
-        self.record.vmm = Some(vmm);
+    /// What others see of it.
+    pub(crate) fn record(&self) -> VmRecord {
+        let f = self.facts.clone();
+        let vmm = self.phase.live().map(|live| live.vmm.clone());
+        VmRecord {
+            state: f.state,
+            reason: f.reason,
+            nat: f.egress == Egress::Open,
+            egress: f.egress,
+            publish: f.publish,
+            lease: self.phase.placed().map(|placed| placed.lease.clone()),
+            booted: vmm.as_ref().map(|vmm| vmm.booted.clone()),
+            vmm_pid: vmm.as_ref().map(|vmm| vmm.handle.vmm.pid),
+            boot_id: vmm.as_ref().and_then(|vmm| vmm.boot_id.clone()),
+            vmm: vmm.map(|vmm| vmm.name),
+            last_exit: f.last_exit,
+            created: f.created,
+            started: f.started,
+            ..VmRecord::new(f.id, f.name, f.owner, f.image, f.shape)
+        }
+    }
+
+    fn read(row: &Row<'_>) -> Result<Self, DbError> {
+        let (data, vmm): (String, Option<String>) = (row.get("data")?, row.get("vmm")?);
+        let Data { facts, lease } = serde_json::from_str(&data)?;
+        let phase = match lease.map(|lease| Placed { lease }) {
+            None => Phase::Reserved,
+            Some(placed) => match vmm.as_deref().map(serde_json::from_str::<Vmm>) {
+                None => Phase::Placed(placed),
+                Some(Ok(vmm)) => Phase::Live(placed.launched(vmm)),
+                Some(Err(error)) => {
+                    tracing::warn!(bothy.vm.id = %facts.id, %error, "what was known of a VMM is damaged");
+                    Phase::Placed(placed)
+                }
+            },
+        };
+        Ok(Self { facts, phase })
+    }
+
+    /// The columns `data` and `vmm`.
+    fn columns(&self) -> Result<(String, Option<String>), DbError> {
+        let lease = self.phase.placed().map(|placed| placed.lease.clone());
+        let data = serde_json::to_string(&Data { facts: self.facts.clone(), lease })?;
+        let vmm = self.phase.live().map(|live| serde_json::to_string(&live.vmm)).transpose()?;
+        Ok((data, vmm))
     }
 }
 
 /// Reserves the name and makes the row. Nobody but root may have more than `most`: the host's addresses, disk and memory
 /// are everybody's.
 pub(crate) fn insert(tx: &Transaction<'_>, vm: &Vm, most: u32) -> Result<(), DbError> {
-    let name = &vm.record.name;
-    let owner = vm.record.owner;
+    let Facts { id, name, owner, .. } = &vm.facts;
     let have: u32 = tx
-        .prepare_cached("SELECT count(*) FROM vm WHERE data ->> '$.record.owner' = ?1")?
+        .prepare_cached("SELECT count(*) FROM vm WHERE data ->> '$.owner' = ?1")?
         .query_row([owner], |r| r.get(0))?;
-    if owner != 0 && have >= most {
+    if *owner != 0 && have >= most {
         return Err(Error::new(
             Code::ResourceExhausted,
             format!("user {owner} has {have} VMs, which is the most"),
@@ -65,9 +158,10 @@ pub(crate) fn insert(tx: &Transaction<'_>, vm: &Vm, most: u32) -> Result<(), DbE
         .hint("remove some with `bothy vm delete`; root can raise `vm.max_per_user` in bothy.toml")
         .into());
     }
+    let (data, vmm) = vm.columns()?;
     let inserted = tx.execute(
-        "INSERT INTO vm(id, name, data) VALUES (?1, ?2, ?3) ON CONFLICT (name) DO NOTHING",
-        params![vm.record.id.to_string(), name.as_str(), serde_json::to_string(vm)?],
+        "INSERT INTO vm(id, name, data, vmm) VALUES (?1, ?2, ?3, ?4) ON CONFLICT (name) DO NOTHING",
+        params![id.to_string(), name.as_str(), data, vmm],
     )?;
     if inserted == 0 {
         return Err(taken(name).into());
@@ -80,7 +174,8 @@ fn taken(name: &VmName) -> Error {
         .hint(format!("choose another name, or remove that one with `bothy vm delete {name}`"))
 }
 
-fn missing(id: VmId) -> Error {
+/// The error of a VM that is not there.
+pub(crate) fn missing(id: VmId) -> Error {
     Error::not_found(format!("there is no VM {id}")).hint("`bothy vm list` shows those there are")
 }
 
@@ -91,18 +186,17 @@ pub(crate) fn get(conn: &Connection, id: VmId) -> Result<Vm, DbError> {
 
 /// The row of `id`, if it is there.
 pub(crate) fn find(conn: &Connection, id: VmId) -> Result<Option<Vm>, DbError> {
-    let data: Option<String> = conn
-        .prepare_cached("SELECT data FROM vm WHERE id = ?1")?
-        .query_row([id.to_string()], |r| r.get(0))
-        .optional()?;
-    Ok(data.map(|d| serde_json::from_str(&d)).transpose()?)
+    conn.prepare_cached("SELECT data, vmm FROM vm WHERE id = ?1")?
+        .query_row([id.to_string()], |row| Ok(Vm::read(row)))
+        .optional()?
+        .transpose()
 }
 
 /// All rows, oldest first: ids sort by time.
 pub(crate) fn all(conn: &Connection) -> Result<Vec<Vm>, DbError> {
-    let mut select = conn.prepare_cached("SELECT data FROM vm ORDER BY id")?;
-    let rows = select.query_map([], |r| r.get::<_, String>(0))?;
-    rows.map(|data| Ok(serde_json::from_str(&data?)?)).collect()
+    let mut select = conn.prepare_cached("SELECT data, vmm FROM vm ORDER BY id")?;
+    let rows = select.query_map([], |row| Ok(Vm::read(row)))?;
+    rows.map(|vm| vm?).collect()
 }
 
 /// Changes the row of `id`.
@@ -113,8 +207,12 @@ pub(crate) fn update<T>(
 ) -> Result<T, DbError> {
     let mut vm = get(tx, id)?;
     let value = change(&mut vm)?;
-    tx.prepare_cached("UPDATE vm SET data = ?2 WHERE id = ?1")?
-        .execute(params![id.to_string(), serde_json::to_string(&vm)?])?;
+    let (data, vmm) = vm.columns()?;
+    tx.prepare_cached("UPDATE vm SET data = ?2, vmm = ?3 WHERE id = ?1")?.execute(params![
+        id.to_string(),
+        data,
+        vmm
+    ])?;
     Ok(value)
 }
 
@@ -123,8 +221,8 @@ const MAX_REASON: usize = 600;
 
 /// Puts a VM into `state`.
 pub(crate) fn set_state(vm: &mut Vm, state: VmState, reason: Option<String>) {
-    vm.record.state = state;
-    vm.record.reason = reason.map(|text| {
+    vm.facts.state = state;
+    vm.facts.reason = reason.map(|text| {
         // A control character is six bytes of JSON.
         text.chars().take(MAX_REASON).map(|c| if c.is_control() && c != '\n' { '?' } else { c }).collect()
     });
@@ -139,13 +237,48 @@ pub(crate) fn remove(tx: &Transaction<'_>, id: VmId) -> Result<(), DbError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bothy_contract::{ImageName, vm::Shape};
     use bothy_db::Db;
+    use bothy_vm_agent::vmm::wire::{HolderHandle, Process};
 
     fn vm(name: &str, owner: u32) -> Vm {
-        let name = name.parse().unwrap();
-        let record = VmRecord::new(VmId::new(), name, owner, ImageName::default_image(), Shape::default());
-        Vm { record, machine_id: String::new(), handle: None }
+        let (image, name) = (ImageName::default_image(), name.parse().unwrap());
+        let facts = Facts::new(VmId::new(), name, owner, image, Shape::default());
+        Vm { facts, phase: Phase::Reserved }
+    }
+
+    fn lease() -> Lease {
+        serde_json::from_value(serde_json::json!({
+            "slot": 0, "tap": "t0", "uid": 780_000, "address": "10.77.0.2", "prefix": 24, "gateway": "10.77.0.1",
+            "mac": "52:54:00:00:00:02", "dns": [],
+        }))
+        .unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_vm_comes_back_as_it_was_and_a_damaged_vmm_costs_only_itself() {
+        let dir = tempfile::tempdir_in("/tmp").unwrap();
+        let db = Db::open(dir.path().join("vm.db"), MIGRATIONS).unwrap();
+        let mut row = vm("a", 1000);
+        let id = row.facts.id;
+        let process = Process { pid: 1, start_time: 1 };
+        let vmm = Vmm {
+            handle: HolderHandle { holder: process, vmm: process },
+            name: "x".into(),
+            booted: Shape::default(),
+            boot_id: None,
+        };
+        assert!(row.phase.launch(vmm.clone()).is_err(), "nothing is launched without a place");
+        row.phase.place(lease());
+        row.phase.launch(vmm).unwrap();
+        let written = row.clone();
+        db.write(move |tx| insert(tx, &written, 9)).await.unwrap();
+        assert_eq!(db.read(move |c| get(c, id)).await.unwrap(), row);
+        assert_eq!(db.read(all).await.unwrap(), [row.clone()]);
+        db.write(move |tx| Ok(tx.execute("UPDATE vm SET vmm = '{\"handle\": 7'", [])?)).await.unwrap();
+        row.phase.end();
+        assert_eq!(db.read(move |c| get(c, id)).await.unwrap(), row);
+        assert_eq!(row.record().lease, Some(lease()));
+        assert_eq!(row.record().vmm_pid, None);
     }
 
     #[tokio::test]
@@ -171,7 +304,7 @@ mod tests {
     fn reasons_are_short_and_harmless() {
         let mut vm = vm("a", 1000);
         set_state(&mut vm, VmState::Error, Some("\u{1b}[2Jä\n".repeat(1000)));
-        let reason = vm.record.reason.unwrap();
+        let reason = vm.facts.reason.unwrap();
         assert_eq!(reason.chars().count(), MAX_REASON);
         assert!(reason.starts_with("?[2Jä\n?"), "{reason}");
     }

@@ -79,6 +79,8 @@ fn create(name: Option<&str>, shape: Shape) -> CreateVm {
         image: "debian".parse().unwrap(),
         shape,
         nat: false,
+        egress: None,
+        publish: Vec::new(),
         identity: Default::default(),
     };
     CreateVm { spec, owner: 1000, force: false }

@@ -1,6 +1,10 @@
 //! VMs: what one asks for, what one gets, and where it stands.
 
-use crate::{Error, ImageName, TicketId, VmId, VmName, net::Lease, workspace::Identity};
+use crate::{
+    Error, ImageName, TicketId, VmId, VmName,
+    net::{Egress, Lease, Publish},
+    workspace::Identity,
+};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -55,12 +59,25 @@ pub struct VmSpec {
     /// Size and shape.
     #[serde(default)]
     pub shape: Shape,
-    /// Whether the guest may reach the outside through the host.
+    /// Whether the guest may reach the outside through the host: short for [`Egress::Open`], where `egress` says nothing.
     #[serde(default)]
     pub nat: bool,
+    /// What the guest may reach.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub egress: Option<Egress>,
+    /// Ports of the guest that the host answers for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub publish: Vec<Publish>,
     /// The user's public identity, put into the guest once its agent answers.
     #[serde(default)]
     pub identity: Identity,
+}
+
+impl VmSpec {
+    /// What the guest may reach, by the long or the short form.
+    pub fn reaches(&self) -> Egress {
+        self.egress.clone().unwrap_or(if self.nat { Egress::Open } else { Egress::None })
+    }
 }
 
 /// Begins a create.
@@ -117,8 +134,14 @@ pub struct VmRecord {
     /// takes effect at the next start.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub booted: Option<Shape>,
-    /// Whether the guest may reach the outside.
+    /// Whether the guest may reach the whole outside.
     pub nat: bool,
+    /// What it may reach.
+    #[serde(default)]
+    pub egress: Egress,
+    /// Ports of the guest that the host answers for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub publish: Vec<Publish>,
     /// Its place on the network, once it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<Lease>,
@@ -154,6 +177,8 @@ impl VmRecord {
             shape,
             booted: None,
             nat: false,
+            egress: Egress::None,
+            publish: Vec::new(),
             lease: None,
             vmm: None,
             vmm_pid: None,
@@ -255,9 +280,16 @@ pub struct SetVm {
     /// The system overlay in MiB.
     #[serde(default)]
     pub system_mib: Option<u64>,
-    /// Whether the guest may reach the outside; at once.
+    /// Whether the guest may reach the outside, at once: short for [`Egress::Open`] and [`Egress::None`], where `egress`
+    /// says nothing.
     #[serde(default)]
     pub nat: Option<bool>,
+    /// What the guest may reach; at once.
+    #[serde(default)]
+    pub egress: Option<Egress>,
+    /// All ports of the guest that the host answers for; at once.
+    #[serde(default)]
+    pub publish: Option<Vec<Publish>>,
 }
 
 /// Asks for all VMs.

@@ -7,7 +7,8 @@
 //!                                                                      sync_identity | wait_services  <-------'
 //! ```
 
-use super::{Agent, files, guest::Guest, vm_of, watch};
+use super::{Agent, files, guest::Guest};
+use crate::phase::{Placed, Vmm};
 use bothy_contract::{
     Code, Error, VmId, VmName,
     guest::BootStep,
@@ -16,13 +17,14 @@ use bothy_contract::{
         ImageDisksRelease, ImageResolve, ImageRootfsPrepare, ImageWorkDiskPrepare, NetLeaseAcquire,
         NetLeaseRelease, WorkspaceIdentitySync,
     },
-    net::{AcquireLease, Lease, ReleaseLease},
+    net::{AcquireLease, Egress, Lease, ReleaseLease},
     vm::VmSpec,
     workspace::{Identity, SyncIdentity},
 };
-use bothy_ops::{Graph, Op, StageCx, UndoCx};
+use bothy_guest_proto::v1::HealthReply;
+use bothy_ops::{Graph, Output, StageCx, UndoCx};
 use bothy_vm_agent::vmm::{
-    Accel, Driver, VmPlan,
+    Accel, VmPlan,
     holder::Holder,
     wire::{self, HolderHandle},
 };
@@ -52,24 +54,33 @@ pub(crate) enum Mode {
     Start,
 }
 
-/// The graph of a create or start.
-pub(crate) fn graph(agent: &Agent, op: &Op, mode: Mode) -> Result<Graph, Error> {
-    let BootInput { name, spec, machine_id } = op.input()?;
-    let vm = vm_of(op.vm)?;
-    let mut g = Graph::new();
+/// Adds the stages of a create or start to `g`; those of a restart begin once `stopped`.
+pub(crate) fn add(
+    g: &mut Graph,
+    agent: &Agent,
+    vm: VmId,
+    input: BootInput,
+    mode: Mode,
+    stopped: Option<Output<()>>,
+) {
+    let BootInput { name, spec, machine_id } = input;
     let making = mode == Mode::Create;
 
     let a = agent.clone();
     let image = spec.image.clone();
-    let boot = g.stage("resolve_image", (), move |cx, ()| async move {
+    let resolve = move |cx: StageCx, ()| async move {
         cx.unless_stopped(a.bus.call::<ImageResolve>(&ImageRef { image })).await
-    });
+    };
+    let boot = match stopped {
+        None => g.stage("resolve_image", (), resolve),
+        Some(stopped) => g.stage("resolve_image", stopped, resolve),
+    };
 
-    let (a, undo, nat) = (agent.clone(), agent.clone(), spec.nat);
+    let (a, undo, s) = (agent.clone(), agent.clone(), spec.clone());
     let lease = g.undoable(
         "acquire_network",
         boot,
-        move |cx, _| acquire_network(a, cx, vm, nat),
+        move |cx, _| acquire_network(a, cx, vm, s),
         move |_| unmake_network(undo.clone(), vm, making),
     );
     let (a, undo) = (agent.clone(), agent.clone());
@@ -134,7 +145,7 @@ pub(crate) fn graph(agent: &Agent, op: &Op, mode: Mode) -> Result<Graph, Error> 
         "personalise",
         (boot, lease, handle, answered, key),
         move |cx, (boot, lease, handle, (), ())| async move {
-            let guest = Guest::new(a.holder(vm, &lease), handle);
+            let guest = guest(&a, vm, &lease, handle);
             let key = files::host_key(&a.state_dir(), vm)?;
             let work = guest.personalise(name.as_str(), &machine_id, &lease, &boot, key);
             cx.unless_stopped(guest.alive_within("giving the guest its identity", PERSONALISE, work)).await
@@ -151,16 +162,23 @@ pub(crate) fn graph(agent: &Agent, op: &Op, mode: Mode) -> Result<Graph, Error> 
             wait_services(a, cx, vm, boot, lease, handle)
         });
     g.result(steps);
-    Ok(g)
 }
 
-async fn acquire_network(agent: Agent, cx: StageCx, vm: VmId, nat: bool) -> Result<Lease, Error> {
-    let lease = agent.bus.call::<NetLeaseAcquire>(&AcquireLease { nat, ..AcquireLease::new(vm) }).await?;
+/// The way to the guest of a VM that this operation has booted.
+fn guest(agent: &Agent, vm: VmId, lease: &Lease, handle: HolderHandle) -> Guest {
+    Guest::new(Placed { lease: lease.clone() }.holder(&agent.config, vm), handle)
+}
+
+async fn acquire_network(agent: Agent, cx: StageCx, vm: VmId, spec: VmSpec) -> Result<Lease, Error> {
+    let egress = spec.reaches();
+    let nat = egress == Egress::Open;
+    let ask = AcquireLease { vm, nat, egress: Some(egress), publish: Some(spec.publish) };
+    let lease = agent.bus.call::<NetLeaseAcquire>(&ask).await?;
     cx.note(format!("{} on {}", lease.address, lease.tap));
     let kept = lease.clone();
     agent
         .update(vm, move |row| {
-            row.record.lease = Some(kept);
+            row.phase.place(kept);
             Ok(())
         })
         .await?;
@@ -193,17 +211,18 @@ async fn launch(
     (rootfs, work): (Rootfs, WorkDisk),
 ) -> Result<HolderHandle, Error> {
     let begun = wire::monotonic_now()?;
-    let finding = agent.accel(&boot).await?.clone();
-    let vmm = format!("{} ({})", agent.driver.name(), finding.accel);
+    let choice = agent.choice(&boot).await?;
+    let (driver, accel) = (&choice.driver, choice.finding.as_ref().map_or(Accel::Tcg, |f| f.accel));
+    let vmm = format!("{} {} ({accel})", driver.name(), driver.version());
     // A crash may have come after the launch, or while it was under way: then the holder says so itself, once it is done.
-    let holder = agent.holder(vm, &lease);
+    let holder = Placed { lease: lease.clone() }.holder(&agent.config, vm);
     let quiet = holder.quiet().await?;
     let there = holder.status().await.ok().map(|s| s.handle).filter(|h| h.vmm.is_alive());
     drop(quiet);
     let (handle, started) = match there {
         Some(handle) => (handle, None),
         None => {
-            let groups = match finding.accel {
+            let groups = match accel {
                 Accel::Kvm => kvm_group()?.into_iter().collect(),
                 Accel::Tcg => Vec::new(),
             };
@@ -222,22 +241,17 @@ async fn launch(
                 mac: lease.mac,
                 uid: lease.uid,
                 groups,
-                accel: finding.accel,
+                accel,
                 tsc_khz: agent.tsc_khz,
             };
-            let launch = agent.driver.launch_spec(&plan)?;
+            let launch = driver.launch_spec(&plan)?;
             let (_, running) = Holder::launch(&agent.program, &launch).await?;
             (running.handle, Some(running.vmm_started))
         }
     };
-    let kept = vmm.clone();
-    agent
-        .update(vm, move |row| {
-            row.launched(handle, kept);
-            Ok(())
-        })
-        .await?;
-    watch::watch(&agent, vm, handle);
+    let kept = Vmm { handle, name: vmm.clone(), booted: spec.shape, boot_id: None };
+    agent.update(vm, move |row| row.phase.launch(kept)).await?;
+    agent.machines.look(vm);
     let process = format!("{vmm}, process {}", handle.vmm.pid);
     cx.note(match started {
         // Since the stage began. The benchmark reads this number.
@@ -281,7 +295,7 @@ async fn wait_guest(
     lease: Lease,
     handle: HolderHandle,
 ) -> Result<(), Error> {
-    let guest = Guest::new(agent.holder(vm, &lease), handle);
+    let guest = guest(&agent, vm, &lease, handle);
     let limit = Duration::from_secs(agent.config.vm.boot_timeout_s.into());
     let answer = async { Ok(guest.first_answer().await) };
     let health = cx.unless_stopped(guest.alive_within("the guest's boot", limit, answer)).await?;
@@ -289,13 +303,13 @@ async fn wait_guest(
         "agent {} answers",
         health.version.chars().filter(|c| !c.is_control()).take(40).collect::<String>()
     ));
-    let boot_id: String = health.boot_id.chars().filter(char::is_ascii_graphic).take(64).collect();
-    agent
-        .update(vm, move |row| {
-            row.record.boot_id = Some(boot_id);
-            Ok(())
-        })
-        .await
+    let boot_id = boot_id(&health);
+    agent.note_boot_id(vm, boot_id).await
+}
+
+/// The boot id that a guest tells: whatever it is, it is short and plain.
+pub(super) fn boot_id(health: &HealthReply) -> String {
+    health.boot_id.chars().filter(char::is_ascii_graphic).take(64).collect()
 }
 
 async fn sync_identity(
@@ -326,7 +340,7 @@ async fn wait_services(
     lease: Lease,
     handle: HolderHandle,
 ) -> Result<Vec<BootStep>, Error> {
-    let guest = Guest::new(agent.holder(vm, &lease), handle);
+    let guest = guest(&agent, vm, &lease, handle);
     if !boot.wait.is_empty() {
         let longest = boot.wait.iter().map(|w| w.timeout_s).max().unwrap_or(0);
         let limit = Duration::from_secs(longest.into()) + SLACK;

@@ -1,6 +1,11 @@
 //! The kinds of operations on VMs: which stages, what after a crash, and what the end of one means for the VM's row.
 
-use super::{Agent, boot, boot::Mode, end};
+use super::{
+    Agent,
+    ask::{RestartInput, StopInput},
+    boot::{self, BootInput, Mode},
+    end, set, vm_of,
+};
 use crate::store::{self, Vm};
 use bothy_contract::{Code, Error, op::OpState, vm::VmState};
 use bothy_db::{Error as DbError, rusqlite::Transaction};
@@ -12,6 +17,12 @@ pub(crate) const CREATE: &str = "vm.create";
 pub(crate) const START: &str = "vm.start";
 /// Powers one off.
 pub(crate) const STOP: &str = "vm.stop";
+/// Powers one off, where it runs, and starts it.
+pub(crate) const RESTART: &str = "vm.restart";
+/// Sends the VMM of one a signal.
+pub(crate) const KILL: &str = "vm.kill";
+/// Changes one.
+pub(crate) const SET: &str = "vm.set";
 /// Removes one.
 pub(crate) const DELETE: &str = "vm.delete";
 
@@ -29,13 +40,28 @@ impl VmKinds {
 
 impl Kinds for VmKinds {
     fn graph(&self, op: &Op) -> Result<Graph, Error> {
+        let (agent, vm) = (&self.agent, vm_of(op.vm)?);
+        let mut g = Graph::new();
         match op.kind.as_str() {
-            CREATE => boot::graph(&self.agent, op, Mode::Create),
-            START => boot::graph(&self.agent, op, Mode::Start),
-            STOP => end::stop(&self.agent, op),
-            DELETE => end::delete(&self.agent, op),
-            other => Err(Error::new(Code::Internal, format!("this build knows no operation {other:?}"))),
+            CREATE => boot::add(&mut g, agent, vm, op.input::<BootInput>()?, Mode::Create, None),
+            START => boot::add(&mut g, agent, vm, op.input::<BootInput>()?, Mode::Start, None),
+            RESTART => {
+                let RestartInput { stop, boot } = op.input()?;
+                let stopped = end::add_stop(&mut g, agent, vm, stop.grace_ms);
+                boot::add(&mut g, agent, vm, boot, Mode::Start, Some(stopped));
+            }
+            STOP => {
+                g.not_cancellable();
+                end::add_stop(&mut g, agent, vm, op.input::<StopInput>()?.grace_ms);
+            }
+            KILL => end::add_kill(&mut g, agent, vm, op.input()?),
+            SET => set::add(&mut g, agent, vm, op.input()?),
+            DELETE => end::add_delete(&mut g, agent, vm),
+            other => {
+                return Err(Error::new(Code::Internal, format!("this build knows no operation {other:?}")));
+            }
         }
+        Ok(g)
     }
 
     /// All stages are idempotent, and a launched VMM has not noticed that the agent was away.
@@ -46,7 +72,11 @@ impl Kinds for VmKinds {
     fn settle(&self, tx: &Transaction<'_>, op: &Op, end: &mut End) -> Result<(), DbError> {
         let Some(id) = op.vm else { return Ok(()) };
         let Some(mut vm) = store::find(tx, id)? else { return Ok(()) };
-        match settled(&mut vm, &op.kind, end) {
+        let after = settled(&mut vm, op, end);
+        if vm.facts.busy == Some(op.id) {
+            vm.facts.busy = None;
+        }
+        match after {
             After::Gone => store::remove(tx, id),
             After::Kept => {
                 if op.kind != DELETE && end.state == OpState::Succeeded {
@@ -69,7 +99,7 @@ enum After {
 
 /// The result of a success: the VM's record, and for a boot the guest's own times beside its fields, as `boot`.
 fn result(vm: &Vm, steps: Option<serde_json::Value>) -> Result<serde_json::Value, DbError> {
-    let mut result = serde_json::to_value(&vm.record)?;
+    let mut result = serde_json::to_value(vm.record())?;
     if let (Some(object), Some(steps)) = (result.as_object_mut(), steps.filter(serde_json::Value::is_array)) {
         object.insert("boot".to_owned(), steps);
     }
@@ -77,35 +107,46 @@ fn result(vm: &Vm, steps: Option<serde_json::Value>) -> Result<serde_json::Value
 }
 
 /// What the end of an operation makes of its VM.
-fn settled(vm: &mut Vm, kind: &str, end: &End) -> After {
+fn settled(vm: &mut Vm, op: &Op, end: &End) -> After {
     let why = end.error.as_ref().map(|e| e.message.clone());
     let failed = |what: &str| Some(format!("{what}: {}", why.clone().unwrap_or_default()));
     let succeeded = end.state == OpState::Succeeded;
-    match (kind, succeeded) {
-        (CREATE | START, true) if vm.handle.is_some() => {
-            vm.record.started = Some(jiff::Timestamp::now());
+    let live = vm.phase.live().is_some();
+    match (op.kind.as_str(), succeeded) {
+        (CREATE | START | RESTART, true) if live => {
+            vm.facts.started = Some(jiff::Timestamp::now());
             store::set_state(vm, VmState::Running, None);
         }
-        // The VMM ended between the last stage and now, and its watcher saw it.
-        (CREATE | START, true) => {
-            let how = vm.record.last_exit.as_ref().map_or("ended".to_owned(), super::state::how);
+        // The VMM ended between the last stage and now, and its machine saw it.
+        (CREATE | START | RESTART, true) => {
+            let how = vm.facts.last_exit.as_ref().map_or("ended".to_owned(), super::state::how);
             store::set_state(vm, VmState::Error, Some(format!("the VMM {how} as the VM became ready")));
         }
         (CREATE, false) if !end.leftovers => return After::Gone,
         (CREATE, false) => {
             store::set_state(vm, VmState::Error, failed("its create failed and left something behind"))
         }
-        (START, false) if end.leftovers => {
+        (START | RESTART, false) if end.leftovers => {
             store::set_state(vm, VmState::Error, failed("its start failed and left something behind"));
         }
         (START, false) => store::set_state(vm, VmState::Stopped, failed("its last start failed")),
-        (STOP, true) => store::set_state(vm, VmState::Stopped, None),
-        (STOP, false) if vm.handle.is_some() => {
+        // It was not powered off yet, so it runs as before.
+        (RESTART, false) if live => {
+            store::set_state(vm, VmState::Running, failed("its last restart failed"));
+        }
+        (RESTART, false) => store::set_state(vm, VmState::Stopped, failed("its last restart failed")),
+        (STOP, true) => {
+            let why = op.input::<StopInput>().ok().and_then(|stop| stop.why);
+            store::set_state(vm, VmState::Stopped, why);
+        }
+        (KILL, true) => store::set_state(vm, VmState::Stopped, None),
+        (STOP | KILL, false) if live => {
             store::set_state(vm, VmState::Running, failed("its last stop failed"));
         }
-        (STOP, false) => store::set_state(vm, VmState::Stopped, failed("its stop failed")),
+        (STOP | KILL, false) => store::set_state(vm, VmState::Stopped, failed("its stop failed")),
         (DELETE, true) => return After::Gone,
         (DELETE, false) => store::set_state(vm, VmState::Error, failed("its delete failed; delete it again")),
+        // A change moves nothing.
         _ => {}
     }
     After::Kept
@@ -114,27 +155,45 @@ fn settled(vm: &mut Vm, kind: &str, end: &End) -> After {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        phase::{Phase, Vmm},
+        store::Facts,
+    };
     use bothy_contract::{
-        VmId,
-        vm::{ExitRecord, VmRecord},
+        ImageName, OpId, VmId,
+        net::Lease,
+        vm::{ExitRecord, Shape, VmRecord},
     };
     use bothy_vm_agent::vmm::wire::{HolderHandle, Process};
 
     fn vm(state: VmState, alive: bool) -> Vm {
         let process = Process { pid: 1, start_time: 1 };
-        Vm {
-            record: VmRecord {
-                state,
-                ..VmRecord::new(
-                    VmId::new(),
-                    "a".parse().unwrap(),
-                    1000,
-                    "debian".parse().unwrap(),
-                    bothy_contract::vm::Shape::default(),
-                )
-            },
-            machine_id: "0".repeat(32),
-            handle: alive.then_some(HolderHandle { holder: process, vmm: process }),
+        let lease: Lease = serde_json::from_value(serde_json::json!({
+            "slot": 0, "tap": "t0", "uid": 780_000, "address": "10.77.0.2", "prefix": 24, "gateway": "10.77.0.1",
+            "mac": "52:54:00:00:00:02", "dns": [],
+        }))
+        .unwrap();
+        let mut phase = Phase::Reserved;
+        phase.place(lease);
+        if alive {
+            let handle = HolderHandle { holder: process, vmm: process };
+            phase.launch(Vmm { handle, name: "x".into(), booted: Shape::default(), boot_id: None }).unwrap();
+        }
+        let image = ImageName::default_image();
+        let facts = Facts::new(VmId::new(), "a".parse().unwrap(), 1000, image, Shape::default());
+        Vm { facts: Facts { state, ..facts }, phase }
+    }
+
+    fn op(kind: &str) -> Op {
+        let input = serde_json::json!({ "grace_ms": 1, "why": "nobody used it" });
+        Op {
+            id: OpId::new(),
+            kind: kind.to_owned(),
+            subject: "a".into(),
+            vm: None,
+            owner: 0,
+            input,
+            accepted: jiff::Timestamp::UNIX_EPOCH,
         }
     }
 
@@ -157,24 +216,29 @@ mod tests {
             (START, Starting, false, Failed, false, Some(Stopped)),
             (START, Starting, false, Cancelled, false, Some(Stopped)),
             (START, Starting, true, Failed, true, Some(Broken)),
+            (RESTART, Starting, true, Succeeded, false, Some(Running)),
+            (RESTART, Starting, true, Cancelled, false, Some(Running)),
+            (RESTART, Starting, false, Failed, false, Some(Stopped)),
+            (RESTART, Starting, true, Failed, true, Some(Broken)),
             (STOP, Stopping, false, Succeeded, false, Some(Stopped)),
             (STOP, Stopping, true, Failed, false, Some(Running)),
             (STOP, Stopping, false, Failed, false, Some(Stopped)),
+            (KILL, Stopping, false, Succeeded, false, Some(Stopped)),
+            (KILL, Stopping, true, Failed, false, Some(Running)),
+            (SET, Stopped, false, Failed, false, Some(Stopped)),
+            (SET, Running, true, Succeeded, false, Some(Running)),
             (DELETE, Deleting, false, Succeeded, false, None),
             (DELETE, Deleting, false, Failed, false, Some(Broken)),
         ];
         for (kind, from, alive, state, leftovers, to) in cases {
             let mut row = vm(from, alive);
-            let after = settled(&mut row, kind, &end(state, leftovers));
+            let after = settled(&mut row, &op(kind), &end(state, leftovers));
             let what = format!("{kind} {state:?} leftovers={leftovers}");
             assert_eq!(after == After::Gone, to.is_none(), "{what}");
             if let Some(to) = to {
-                assert_eq!(row.record.state, to, "{what}");
-                assert_eq!(
-                    row.record.reason.is_some(),
-                    state != Succeeded || (to != Running && kind != STOP),
-                    "{what}"
-                );
+                assert_eq!(row.facts.state, to, "{what}");
+                let told = kind != SET && (state != Succeeded || kind == STOP || to == Broken);
+                assert_eq!(row.facts.reason.is_some(), told, "{what}");
             }
         }
     }
@@ -183,9 +247,9 @@ mod tests {
     fn a_vmm_that_died_at_the_last_moment_is_told_with_its_exit() {
         let mut row = vm(VmState::Creating, true);
         row.ended(Some(ExitRecord { at: jiff::Timestamp::UNIX_EPOCH, status: None, signal: Some(11) }));
-        settled(&mut row, CREATE, &end(OpState::Succeeded, false));
-        assert_eq!(row.record.state, VmState::Error);
-        assert!(row.record.reason.unwrap().contains("signal 11"));
+        settled(&mut row, &op(CREATE), &end(OpState::Succeeded, false));
+        assert_eq!(row.facts.state, VmState::Error);
+        assert!(row.facts.reason.unwrap().contains("signal 11"));
     }
 
     #[test]
@@ -194,6 +258,6 @@ mod tests {
         let value = result(&row, Some(serde_json::json!([{"name": "kernel"}]))).unwrap();
         assert_eq!(value["boot"][0]["name"], "kernel");
         let back: VmRecord = serde_json::from_value(value).unwrap();
-        assert_eq!(back, row.record);
+        assert_eq!(back, row.record());
     }
 }

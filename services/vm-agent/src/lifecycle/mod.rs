@@ -1,53 +1,58 @@
 //! The life of a VM.
 //!
 //! ```text
-//!                 create                   start
-//!   (no row) ------------> Creating   .-------------- Stopped <----------.
-//!       ^   undone            |       v                  ^  ^            |
-//!       |<--------------------|    Starting -- undone ---'  |            | the guest powered
-//!       |                     | done  | done                |            | itself off
-//!       |                     v       v                     |            |
-//!       |                     '--> Running -- stop --> Stopping          |
-//!       |                             |  |                               |
-//!       |                             |  '-------------------------------'
+//!                 create                        start, restart
+//!   (no row) ------------> Creating        .------------------ Stopped <--------------.
+//!       ^   undone            |            v                     ^  ^                 |
+//!       |<--------------------|        Starting ---- undone -----'  |                 | the guest powered
+//!       |                     | done    ^  | done                   |                 | itself off
+//!       |                     v  restart|  v                        |                 |
+//!       |                     '------> Running -- stop, kill --> Stopping             |
+//!       |                             |  |  ^                                        |
+//!       |                             |  |  '- set, which moves nothing              |
+//!       |                             |  '--------------------------------------------'
 //!       |              the VMM died   |
-//!       |                             v        (start, delete: as from Stopped;
-//!       '------ Deleting <--------- Error       a failed undo, stop or delete also ends here)
+//!       |                             v        (start, restart, set, delete: as from Stopped;
+//!       '------ Deleting <--------- Error       a failed undo or delete also ends here)
 //!                  ^    delete
 //!                  '---------- Stopped, or Running with force
 //! ```
-//! Operations move a VM at both of their ends, each time in the transaction that begins or ends the operation
-//! ([`kinds`]); the **watcher** of a VMM ([`watch`]) notes its exit, and moves only a VM that is `Running`, for in every
-//! other state an operation is at work that will see the exit itself. Each move reads and writes the row in one
-//! transaction, and those have one order: no two operations can have the same VM, and nothing waits with a lock held.
+//! Who moves what: each VM has a **machine** ([`machine`]), one task with a bounded queue. It alone begins operations on its
+//! VM, one at a time, if [`state::grant`] says so; it waits for the end of the VMM and notes it. What an **operation** makes of its VM is settled in the transaction that ends it ([`kinds`]). A VMM's exit
+//! moves only a VM that is `Running`, for in every other state an operation is at work that sees the exit itself. Beside its
+//! state a VM has a [`crate::phase::Phase`]: what there is of it. Each move reads and writes the row in one transaction.
 //!
-//! A VMM is the child of its holder, not of the agent. So at start [`recover`] asks every VM's holder whether it lives,
-//! adopts those that do, and reads how the others ended.
+//! A VMM is the child of its holder, not of the agent. So at start [`recover()`] asks every VM's holder whether it lives,
+//! adopts those that do, whatever the row says, and reads how the others ended.
 
+pub(crate) mod ask;
 pub(crate) mod boot;
 pub(crate) mod end;
 pub(crate) mod files;
-mod guest;
+pub(crate) mod guest;
 pub(crate) mod kinds;
+pub(crate) mod machine;
+mod recover;
+pub(crate) mod set;
+mod shim;
 pub(crate) mod state;
-mod watch;
 
-pub(crate) use watch::recover;
+pub(crate) use recover::recover;
 
-use crate::store::{self, Vm};
+use crate::{
+    phase::{Live, Placed},
+    store::{self, Vm},
+};
 use bothy_bus::Client;
 use bothy_config::Config;
 use bothy_contract::{
     Code, Error, ImageName, Service, VmId,
     image::{BootSet, ImageRef},
     methods::ImageResolve,
-    net::Lease,
 };
 use bothy_db::Db;
 use bothy_vm_agent::vmm::{
-    Driver, QemuMicrovm,
-    accel::{self, Finding, Trial},
-    clock,
+    Choice, Host, choose, clock,
     holder::{self, Holder},
     launching::Quiet,
     wire::HolderHandle,
@@ -73,12 +78,15 @@ pub(crate) struct Shared {
     pub(crate) config: Config,
     pub(crate) db: Db,
     pub(crate) bus: Client,
-    pub(crate) driver: QemuMicrovm,
+    /// The driver of new VMs, as far as one can tell without an image.
+    provisional: Choice,
+    /// The same, once an image was there to try KVM with.
+    settled: OnceCell<Choice>,
     tsc_khz: Option<u32>,
-    /// How guests are run here, once that was found out.
-    accel: OnceCell<Finding>,
     /// `bothy-vmm`.
     program: PathBuf,
+    /// The tasks of the VMs.
+    pub(crate) machines: machine::Machines,
 }
 
 impl std::ops::Deref for Agent {
@@ -89,21 +97,20 @@ impl std::ops::Deref for Agent {
 }
 
 impl Agent {
-    /// Looks at the host: QEMU's version, the clock.
+    /// Looks at the host: which VMM, the clock.
     pub(crate) async fn new(config: Config, db: Db, bus: Client) -> Result<Self, Error> {
         let failed = |e: std::io::Error| Error::internal("cannot make the holders' directory", &e);
         let holders = config.run_dir.join("vm");
         fs::create_dir_all(&holders).map_err(failed)?;
         // Each VM's user must get through to its own directory, and need not see the others.
         fs::set_permissions(&holders, std::fs::Permissions::from_mode(0o711)).map_err(failed)?;
-        let driver = QemuMicrovm::find(&config.vm.qemu).await?;
+        let provisional = choose(&host(&config, None)).await?;
+        let settled = OnceCell::new_with(provisional.is_settled().then(|| provisional.clone()));
         let tsc_khz = tokio::task::spawn_blocking(clock::tsc_khz)
             .await
             .map_err(|e| Error::internal("cannot measure the clock", &e))?;
-        let program = holder::program()?;
-        let memory = config.service_dir(Service::Vm).join(ACCEL);
-        let accel = OnceCell::new_with(accel::known(config.vm.accelerator, driver.version(), &memory));
-        Ok(Self(Arc::new(Shared { config, db, bus, driver, tsc_khz, accel, program })))
+        let (program, machines) = (holder::program()?, machine::Machines::default());
+        Ok(Self(Arc::new(Shared { config, db, bus, provisional, settled, tsc_khz, program, machines })))
     }
 
     /// The agent's own directory.
@@ -111,36 +118,27 @@ impl Agent {
         self.config.service_dir(Service::Vm)
     }
 
-    /// How guests are run here: decided once, with an image at hand to try it on.
-    async fn accel(&self, boot: &BootSet) -> Result<&Finding, Error> {
-        self.accel
-            .get_or_try_init(|| async {
-                let trial = Trial {
-                    qemu: self.driver.program(),
-                    version: self.driver.version(),
-                    kernel: &boot.kernel,
-                    initrd: &boot.initrd,
-                    memory: self.state_dir().join(ACCEL),
-                };
-                accel::decide(self.config.vm.accelerator, &trial).await
-            })
-            .await
+    /// The driver of new VMs and how it runs guests: decided once, with an image at hand to try it on.
+    async fn choice(&self, boot: &BootSet) -> Result<&Choice, Error> {
+        self.settled.get_or_try_init(|| async { choose(&host(&self.config, Some(boot))).await }).await
     }
 
     /// Finds out how guests are run here before the first create asks, so that none waits for the trial. Without an image
     /// there is nothing to try it on yet; the first create does it then.
     pub(crate) async fn try_kvm(self) {
         let image = ImageRef { image: ImageName::default_image() };
-        let tried = async { self.accel(&self.bus.call::<ImageResolve>(&image).await?).await.cloned() };
+        let tried = async { self.choice(&self.bus.call::<ImageResolve>(&image).await?).await.cloned() };
         match tried.await {
-            Ok(finding) => tracing::info!(accelerator = %finding.accel, "guests can be run"),
+            Ok(choice) => {
+                tracing::info!(driver = choice.driver.name(), reason = choice.reason, "guests can be run")
+            }
             Err(error) => tracing::debug!(%error, "not tried yet how guests can be run"),
         }
     }
 
-    /// What was found out about KVM so far.
-    pub(crate) fn known_accel(&self) -> Option<&Finding> {
-        self.accel.get()
+    /// What is known so far of the driver of new VMs.
+    pub(crate) fn known_choice(&self) -> &Choice {
+        self.settled.get().unwrap_or(&self.provisional)
     }
 
     /// The row of `vm`.
@@ -157,9 +155,36 @@ impl Agent {
         Ok(self.db.write(move |tx| store::update(tx, vm, change)).await?)
     }
 
-    /// The holder of `vm`, if it has a place on the network and so a user to run as.
-    pub(crate) fn holder(&self, vm: VmId, lease: &Lease) -> Holder {
-        Holder::new(self.config.holder_dir(vm), lease.uid)
+    /// Puts what the guest of `vm` told into its row.
+    async fn note_boot_id(&self, vm: VmId, boot_id: String) -> Result<(), Error> {
+        self.update(vm, move |row| {
+            row.phase.booted(boot_id);
+            Ok(())
+        })
+        .await
+    }
+
+    /// The VM's place on the network, where it has one.
+    async fn placed(&self, vm: VmId) -> Result<Option<Placed>, Error> {
+        Ok(self.vm(vm).await?.phase.placed().cloned())
+    }
+
+    /// The VM with its VMM, where it has one that lives.
+    async fn living(&self, vm: VmId) -> Result<Option<Live>, Error> {
+        Ok(self.vm(vm).await?.phase.live().filter(|live| live.vmm.handle.vmm.is_alive()).cloned())
+    }
+
+    /// The VM with its VMM.
+    ///
+    /// # Errors
+    /// It has none.
+    pub(crate) async fn running(&self, vm: VmId) -> Result<Live, Error> {
+        let row = self.vm(vm).await?;
+        row.phase.live().cloned().ok_or_else(|| {
+            let name = &row.facts.name;
+            Error::new(Code::FailedPrecondition, format!("VM {name} is not running"))
+                .hint(format!("start it with `bothy vm start {name}`"))
+        })
     }
 
     /// Kills the VMM of `vm`, if there is one, and waits until it and its holder are gone.
@@ -180,15 +205,16 @@ impl Agent {
     /// crash may have come between the launch and the row.
     async fn quieten(&self, vm: VmId) -> Result<Option<Quiet>, Error> {
         let row = self.vm(vm).await?;
-        // Without a lease nothing was ever launched.
-        let Some(lease) = row.record.lease.as_ref() else { return Ok(None) };
-        let holder = self.holder(vm, lease);
-        if let Some(handle) = row.handle {
+        // Without a place nothing was ever launched.
+        let Some(placed) = row.phase.placed() else { return Ok(None) };
+        let holder = placed.holder(&self.config, vm);
+        let known = row.phase.live().map(|live| live.vmm.handle);
+        if let Some(handle) = known {
             self.kill_vmm(vm, &holder, handle).await?;
         }
         let quiet = holder.quiet().await?;
         if let Ok(status) = holder.status().await
-            && row.handle != Some(status.handle)
+            && known != Some(status.handle)
         {
             self.kill_vmm(vm, &holder, status.handle).await?;
         }
@@ -215,8 +241,50 @@ impl Agent {
         }
         // A holder that hangs is no reason not to go on: the exit is then without a record.
         drop(tokio::time::timeout(HOLDER_END, Holder::gone(handle.holder)).await);
-        watch::note_exit(self, vm, handle).await?;
+        self.note_exit(vm, handle).await?;
         Ok(true)
+    }
+
+    /// Puts the end of a VMM into its VM's row, once; a row that is gone or has another VMM by now stays as it is.
+    async fn note_exit(&self, vm: VmId, handle: HolderHandle) -> Result<(), Error> {
+        let Some(row) = self.db.read(move |c| store::find(c, vm)).await? else { return Ok(()) };
+        let exit = match row.phase.placed().map(|placed| placed.holder(&self.config, vm).exit()) {
+            Some(Ok(exit)) => exit,
+            Some(Err(e)) => {
+                tracing::warn!(bothy.vm.id = %vm, error = %e, "the exit record is of no use");
+                None
+            }
+            None => None,
+        };
+        self.db
+            .write(move |tx| {
+                if store::find(tx, vm)?.is_none() {
+                    return Ok(());
+                }
+                store::update(tx, vm, |row| {
+                    // Without a VMM in the row the launch was cut off: the end is noted all the same.
+                    if row.phase.live().is_some_and(|live| live.vmm.handle != handle) {
+                        return Ok(());
+                    }
+                    if let Some((to, reason)) = state::after_exit(row.facts.state, exit.as_ref()) {
+                        tracing::info!(bothy.vm.id = %vm, name = %row.facts.name, state = ?to, reason, "a VMM has ended");
+                        store::set_state(row, to, Some(reason));
+                    }
+                    row.ended(exit);
+                    Ok(())
+                })
+            })
+            .await?;
+        Ok(())
+    }
+}
+
+/// What a driver is chosen from.
+fn host<'a>(config: &'a Config, boot: Option<&'a BootSet>) -> Host<'a> {
+    Host {
+        config: &config.vm,
+        memory: config.service_dir(Service::Vm).join(ACCEL),
+        boot: boot.map(|boot| (boot.kernel.as_path(), boot.initrd.as_path())),
     }
 }
 

@@ -1,7 +1,8 @@
 //! The decisions about a VM's state, as pure functions. The diagram is in [`super`].
 
+use crate::store::Vm;
 use bothy_contract::{
-    Code, Error, VmName,
+    Code, Error,
     vm::{ExitRecord, VmState},
 };
 
@@ -9,28 +10,19 @@ use bothy_contract::{
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Wish {
     Start,
+    Restart,
     Stop,
+    Kill,
+    Set,
     Delete { force: bool },
 }
 
-/// The state that `wish` brings a VM into, or why it cannot be granted now.
-pub(crate) fn grant(name: &VmName, state: VmState, wish: Wish) -> Result<VmState, Error> {
+/// The state that `wish` brings `vm` into, or why it cannot be granted now.
+pub(crate) fn grant(vm: &Vm, wish: Wish) -> Result<VmState, Error> {
     use VmState::{Creating, Deleting, Error as Broken, Running, Starting, Stopped, Stopping};
+    let (name, state) = (&vm.facts.name, vm.facts.state);
     let refused = |what: String, hint: String| Err(Error::new(Code::FailedPrecondition, what).hint(hint));
     match (wish, state) {
-        (Wish::Start, Stopped | Broken) => Ok(Starting),
-        (Wish::Start, Running) => {
-            refused(format!("VM {name} is running already"), format!("`bothy vm stop {name}` first"))
-        }
-        (Wish::Stop, Running) => Ok(Stopping),
-        (Wish::Stop, Stopped | Broken) => {
-            refused(format!("VM {name} is not running"), format!("`bothy vm start {name}` starts it"))
-        }
-        (Wish::Delete { .. }, Stopped | Broken) | (Wish::Delete { force: true }, Running) => Ok(Deleting),
-        (Wish::Delete { force: false }, Running) => refused(
-            format!("VM {name} is running"),
-            format!("stop it first with `bothy vm stop {name}`, or use `--force` to kill it"),
-        ),
         (_, Creating | Starting) => refused(
             format!("VM {name} is {}", word(state)),
             "wait for that operation, or stop it with `bothy op cancel`; `bothy op list` shows it".into(),
@@ -38,6 +30,25 @@ pub(crate) fn grant(name: &VmName, state: VmState, wish: Wish) -> Result<VmState
         (_, Stopping | Deleting) => refused(
             format!("VM {name} is {}", word(state)),
             "wait for that operation; `bothy op list` shows it".into(),
+        ),
+        (_, Running | Stopped | Broken) if vm.facts.busy.is_some() => refused(
+            format!("VM {name} is being changed"),
+            "wait for that operation; `bothy op list` shows it".into(),
+        ),
+        (Wish::Start, Stopped | Broken) | (Wish::Restart, Running | Stopped | Broken) => Ok(Starting),
+        (Wish::Start, Running) => refused(
+            format!("VM {name} is running already"),
+            format!("`bothy vm restart {name}` starts it anew"),
+        ),
+        (Wish::Stop | Wish::Kill, Running) => Ok(Stopping),
+        (Wish::Stop | Wish::Kill, Stopped | Broken) => {
+            refused(format!("VM {name} is not running"), format!("`bothy vm start {name}` starts it"))
+        }
+        (Wish::Set, Running | Stopped | Broken) => Ok(state),
+        (Wish::Delete { .. }, Stopped | Broken) | (Wish::Delete { force: true }, Running) => Ok(Deleting),
+        (Wish::Delete { force: false }, Running) => refused(
+            format!("VM {name} is running"),
+            format!("stop it first with `bothy vm stop {name}`, or use `--force` to kill it"),
         ),
     }
 }
@@ -84,28 +95,43 @@ pub(crate) fn how(exit: &ExitRecord) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{phase::Phase, store::Facts};
     use VmState::{Creating, Deleting, Error as Broken, Running, Starting, Stopped, Stopping};
+    use bothy_contract::{ImageName, OpId, VmId, vm::Shape};
+
+    fn vm(state: VmState) -> Vm {
+        let name = "a".parse().unwrap();
+        let facts = Facts::new(VmId::new(), name, 1000, ImageName::default_image(), Shape::default());
+        Vm { facts: Facts { state, ..facts }, phase: Phase::Reserved }
+    }
 
     #[test]
     fn every_wish_in_every_state_has_its_answer() {
-        let name = "a".parse().unwrap();
         let all = [Creating, Starting, Running, Stopping, Stopped, Deleting, Broken];
         let granted = |wish| {
-            all.into_iter().filter_map(|s| grant(&name, s, wish).ok().map(|to| (s, to))).collect::<Vec<_>>()
+            all.into_iter().filter_map(|s| grant(&vm(s), wish).ok().map(|to| (s, to))).collect::<Vec<_>>()
         };
         assert_eq!(granted(Wish::Start), [(Stopped, Starting), (Broken, Starting)]);
+        assert_eq!(granted(Wish::Restart), [(Running, Starting), (Stopped, Starting), (Broken, Starting)]);
         assert_eq!(granted(Wish::Stop), [(Running, Stopping)]);
+        assert_eq!(granted(Wish::Kill), [(Running, Stopping)]);
+        assert_eq!(granted(Wish::Set), [(Running, Running), (Stopped, Stopped), (Broken, Broken)]);
         assert_eq!(granted(Wish::Delete { force: false }), [(Stopped, Deleting), (Broken, Deleting)]);
         assert_eq!(
             granted(Wish::Delete { force: true }),
             [(Running, Deleting), (Stopped, Deleting), (Broken, Deleting)]
         );
+        let wishes =
+            [Wish::Start, Wish::Restart, Wish::Stop, Wish::Kill, Wish::Set, Wish::Delete { force: false }];
         for state in all {
-            for wish in [Wish::Start, Wish::Stop, Wish::Delete { force: false }] {
-                if let Err(e) = grant(&name, state, wish) {
+            for wish in wishes {
+                if let Err(e) = grant(&vm(state), wish) {
                     assert_eq!(e.code, Code::FailedPrecondition);
                     assert!(e.hint.is_some() && e.message.contains("VM a is"), "{e}");
                 }
+                let mut busy = vm(state);
+                busy.facts.busy = Some(OpId::new());
+                assert!(grant(&busy, wish).is_err(), "{state:?} {wish:?}: one operation at a time");
             }
         }
     }

@@ -1,0 +1,200 @@
+//! One task per VM, its **machine**: it takes what is asked of the VM from a bounded queue, one after the other, and is the
+//! only one that begins operations on it; it waits for the end of the VMM (a pidfd, so without polling) and notes it. It keeps nothing of its own: before each step it reads the row.
+
+use super::{Agent, ask::Ask, boot};
+use crate::store::{self, Vm};
+use bothy_contract::{Code, Error, OpId, RequestId, VmId, VmName};
+use bothy_ops::{Begun, New, Ops};
+use bothy_vm_agent::vmm::{holder::Holder, wire::HolderHandle};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+use tokio::sync::{mpsc, oneshot};
+use tracing::{Instrument, Span};
+
+/// Requests that wait for one VM; more are refused.
+const QUEUE: usize = 16;
+/// The pause after something failed that should not.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// The machines of all VMs.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Machines(Arc<Mutex<HashMap<VmId, mpsc::Sender<Request>>>>);
+
+/// What comes to a machine.
+#[derive(Debug)]
+enum Request {
+    /// Begin an operation.
+    Begin { ask: Ask, request: Option<RequestId>, span: Span, reply: oneshot::Sender<Result<Begun, Error>> },
+    /// The row has changed: look at it.
+    Look,
+}
+
+impl Machines {
+    /// Starts the machine of `vm`, whose row is there.
+    pub(crate) fn start(&self, agent: &Agent, ops: &Ops, vm: VmId) {
+        let (sender, queue) = mpsc::channel(QUEUE);
+        self.map().insert(vm, sender);
+        let machine = Machine { agent: agent.clone(), ops: ops.clone(), vm };
+        tokio::spawn(
+            machine.run(queue).instrument(tracing::info_span!(parent: None, "machine", bothy.vm.id = %vm)),
+        );
+    }
+
+    /// Has the machine of `vm` begin an operation.
+    ///
+    /// # Errors
+    /// There is no such VM, too much waits for it, or its state does not allow it.
+    pub(crate) async fn begin(&self, vm: VmId, ask: Ask, request: Option<RequestId>) -> Result<Begun, Error> {
+        let machine = self.map().get(&vm).cloned().ok_or_else(|| store::missing(vm))?;
+        let (reply, answer) = oneshot::channel();
+        let request = Request::Begin { ask, request, span: Span::current(), reply };
+        match machine.try_send(request) {
+            Ok(()) => {}
+            Err(mpsc::error::TrySendError::Closed(_)) => return Err(store::missing(vm)),
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                let busy = format!("{QUEUE} requests wait for VM {vm} already");
+                return Err(Error::new(Code::ResourceExhausted, busy).hint("try again in a moment"));
+            }
+        }
+        answer.await.unwrap_or_else(|_| Err(store::missing(vm)))
+    }
+
+    /// Tells the machine of `vm` that its row has changed.
+    pub(crate) fn look(&self, vm: VmId) {
+        if let Some(machine) = self.map().get(&vm) {
+            // A full queue means that it is about to look anyhow.
+            drop(machine.try_send(Request::Look));
+        }
+    }
+
+    fn map(&self) -> MutexGuard<'_, HashMap<VmId, mpsc::Sender<Request>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Starts the machines of all VMs. To be called once, after the operations were resumed.
+pub(crate) async fn start_all(agent: &Agent, ops: &Ops) -> Result<(), Error> {
+    for row in agent.db.read(store::all).await? {
+        agent.machines.start(agent, ops, row.facts.id);
+    }
+    Ok(())
+}
+
+struct Machine {
+    agent: Agent,
+    ops: Ops,
+    vm: VmId,
+}
+
+impl Machine {
+    async fn run(self, mut queue: mpsc::Receiver<Request>) {
+        loop {
+            let row = match self
+                .agent
+                .db
+                .read({
+                    let vm = self.vm;
+                    move |c| store::find(c, vm)
+                })
+                .await
+            {
+                Ok(Some(row)) => row,
+                Ok(None) => break,
+                Err(error) => {
+                    tracing::error!(%error, "cannot read a VM's row");
+                    tokio::time::sleep(PAUSE).await;
+                    continue;
+                }
+            };
+            let handle = row.phase.live().map(|live| live.vmm.handle);
+            tokio::select! {
+                request = queue.recv() => match request {
+                    Some(Request::Begin { ask, request, span, reply }) => {
+                        let begun = self.begin(&row, ask, request).instrument(span).await;
+                        // Whoever asked may have gone; the operation runs all the same.
+                        drop(reply.send(begun));
+                    }
+                    Some(Request::Look) => {}
+                    None => break,
+                },
+                ended = gone(handle) => self.note_exit(ended).await,
+                () = self.ended(row.facts.busy) => {}
+                boot_id = self.boot_id(&row) => self.note_boot_id(boot_id).await,
+            }
+        }
+        self.agent.machines.map().remove(&self.vm);
+    }
+
+    /// Begins an operation, if the row allows it at that moment.
+    async fn begin(&self, row: &Vm, ask: Ask, request: Option<RequestId>) -> Result<Begun, Error> {
+        let (vm, facts) = (self.vm, &row.facts);
+        let new = new(ask.kind(), vm, &facts.name, facts.owner, request, ask.input(row)?);
+        self.ops.begin(new, move |tx, op| store::update(tx, vm, |row| ask.grant(row, op.id))).await
+    }
+
+    /// Returns once `op` has ended; never where there is none.
+    async fn ended(&self, op: Option<OpId>) {
+        let Some(op) = op else { return std::future::pending().await };
+        let record = self.ops.wait(op).await;
+        if !record.is_ok_and(|record| record.state.is_final()) {
+            // The engine is shutting down; nothing more will happen to it in this process.
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    /// The boot id of a guest that was adopted without it, once it answers; never where it is known.
+    async fn boot_id(&self, row: &Vm) -> String {
+        match row.phase.live() {
+            Some(live) if row.facts.busy.is_none() && live.vmm.boot_id.is_none() => {
+                let answer = live.guest(&self.agent.config, self.vm).first_answer().await;
+                boot::boot_id(&answer)
+            }
+            _ => std::future::pending().await,
+        }
+    }
+
+    async fn note_boot_id(&self, boot_id: String) {
+        if let Err(error) = self.agent.note_boot_id(self.vm, boot_id).await {
+            tracing::error!(%error, "cannot note a guest's boot id");
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    async fn note_exit(&self, ended: Result<HolderHandle, Error>) {
+        let noted = match ended {
+            Ok(handle) => {
+                // The holder ends once the exit record is on disk.
+                drop(tokio::time::timeout(super::HOLDER_END, Holder::gone(handle.holder)).await);
+                self.agent.note_exit(self.vm, handle).await
+            }
+            Err(e) => Err(e),
+        };
+        if let Err(error) = noted {
+            tracing::error!(%error, "cannot note the end of a VMM");
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+}
+
+/// Returns once the VMM of `handle` has ended; never where there is none.
+async fn gone(handle: Option<HolderHandle>) -> Result<HolderHandle, Error> {
+    match handle {
+        Some(handle) => Holder::gone(handle.vmm).await.map(|()| handle),
+        None => std::future::pending().await,
+    }
+}
+
+/// An operation to begin on a VM.
+pub(crate) fn new(
+    kind: &'static str,
+    vm: VmId,
+    name: &VmName,
+    owner: u32,
+    request: Option<RequestId>,
+    input: serde_json::Value,
+) -> New {
+    New { kind, subject: name.to_string(), vm: Some(vm), owner, request, input }
+}
