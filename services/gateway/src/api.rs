@@ -6,7 +6,11 @@
 
 use bothy_config::Config;
 use bothy_contract::{
-    Code, Error, Service, image::ImageManifest, net::NetHost, vm::VmHost, workspace::Identity,
+    Code, Error, Service,
+    image::ImageManifest,
+    net::NetHost,
+    vm::{Shape, VmHost, VmRecord, VmSpec},
+    workspace::Identity,
 };
 use serde::{Deserialize, Serialize};
 use std::{fmt::Write as _, path::PathBuf};
@@ -91,12 +95,33 @@ pub struct ServiceReport {
     pub error: Option<Error>,
 }
 
+/// The body of `POST /v1/vms`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CreateBody {
+    /// What is wanted.
+    #[serde(flatten)]
+    pub spec: VmSpec,
+    /// Create it even if the host's memory does not hold it.
+    #[serde(default)]
+    pub force: bool,
+}
+
 /// The body of `POST /v1/vms/{ref}/start`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StartBody {
     /// The user's public identity.
     #[serde(default)]
     pub identity: Identity,
+    /// Start it even if the host's memory does not hold it.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// How long a guest may take to power off where nothing else is said, in milliseconds.
+pub const DEFAULT_GRACE_MS: u64 = 10_000;
+
+fn default_grace_ms() -> u64 {
+    DEFAULT_GRACE_MS
 }
 
 /// The body of `POST /v1/vms/{ref}/stop`.
@@ -107,13 +132,96 @@ pub struct StopBody {
     pub grace_ms: u64,
 }
 
-fn default_grace_ms() -> u64 {
-    20_000
-}
-
 impl Default for StopBody {
     fn default() -> Self {
-        Self { grace_ms: default_grace_ms() }
+        Self { grace_ms: DEFAULT_GRACE_MS }
+    }
+}
+
+/// The body of `POST /v1/vms/{ref}/restart`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestartBody {
+    /// How long the guest may take to power off before it is killed, in milliseconds.
+    #[serde(default = "default_grace_ms")]
+    pub grace_ms: u64,
+    /// The user's public identity.
+    #[serde(default)]
+    pub identity: Identity,
+}
+
+/// SIGKILL, signal(7).
+pub const SIGKILL: i32 = 9;
+
+fn sigkill() -> i32 {
+    SIGKILL
+}
+
+/// The body of `POST /v1/vms/{ref}/kill`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KillBody {
+    /// The number of the signal that the VMM gets.
+    #[serde(default = "sigkill")]
+    pub signal: i32,
+}
+
+impl Default for KillBody {
+    fn default() -> Self {
+        Self { signal: SIGKILL }
+    }
+}
+
+/// The body of `PATCH /v1/vms/{ref}`. What is not named stays.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetBody {
+    /// Virtual processors.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpus: Option<u32>,
+    /// Memory in MiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_mib: Option<u64>,
+    /// The work disk in MiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub work_mib: Option<u64>,
+    /// The system overlay in MiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub system_mib: Option<u64>,
+    /// Whether the guest may reach the outside.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nat: Option<bool>,
+}
+
+impl SetBody {
+    /// Checks that this can be made of `vm`: that it changes something, to sizes that a VM can have, and that no disk
+    /// gets smaller.
+    ///
+    /// # Errors
+    /// When it cannot.
+    pub fn check(&self, vm: &VmRecord) -> Result<(), Error> {
+        if *self == Self::default() {
+            return Err(Error::invalid("there is nothing to change")
+                .hint("name one of cpus, memory, work disk, system disk and nat"));
+        }
+        let has = &vm.shape;
+        let shape = Shape {
+            cpus: self.cpus.unwrap_or(has.cpus),
+            memory_mib: self.memory_mib.unwrap_or(has.memory_mib),
+            work_mib: self.work_mib.unwrap_or(has.work_mib),
+            system_mib: self.system_mib.unwrap_or(has.system_mib),
+        };
+        shape.check()?;
+        for (disk, wanted, has) in
+            [("work disk", shape.work_mib, has.work_mib), ("system disk", shape.system_mib, has.system_mib)]
+        {
+            if wanted < has {
+                return Err(Error::invalid(format!(
+                    "the {disk} of {} has {has} MiB and cannot be made smaller, to {wanted} MiB",
+                    vm.name
+                ))
+                .hint("disks only grow; a new VM can have a smaller one"));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -149,6 +257,35 @@ pub fn segment(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn disks_only_grow() {
+        let id = "019a0000-0000-7000-8000-00000000000a".parse().unwrap();
+        let image = bothy_contract::ImageName::default_image();
+        let vm = VmRecord::new(id, "web".parse().unwrap(), 0, image, Shape::default());
+        let set =
+            |json: &str| serde_json::from_str::<SetBody>(json).unwrap().check(&vm).map_err(|e| e.message);
+        assert!(set(r#"{"work_mib":20480,"cpus":1,"memory_mib":128}"#).is_ok());
+        assert!(set(r#"{"work_mib":10240,"nat":true}"#).is_ok(), "the same size is no smaller one");
+        assert!(set(r#"{"system_mib":10239}"#).unwrap_err().contains("system disk of web has 10240 MiB"));
+        assert!(set(r#"{"work_mib":64}"#).unwrap_err().contains("work disk"));
+        assert!(set(r#"{"cpus":65}"#).is_err() && set("{}").is_err());
+        assert!(
+            serde_json::from_str::<SetBody>(r#"{"memory":1}"#).is_err(),
+            "a mistyped field is no success"
+        );
+    }
+
+    #[test]
+    fn a_create_may_say_force_or_not() {
+        let plain = r#"{"image":"debian","nat":true}"#;
+        let body: CreateBody = serde_json::from_str(plain).unwrap();
+        assert!(body.spec.nat && !body.force);
+        let body: CreateBody = serde_json::from_str(r#"{"image":"debian","force":true}"#).unwrap();
+        assert!(body.force);
+        let back = serde_json::to_value(&body).unwrap();
+        assert!(back["image"] == "debian" && back["force"] == true);
+    }
 
     #[test]
     fn segments_never_leave_their_place_in_a_path() {

@@ -1,7 +1,8 @@
-//! How people name a VM: by id, by exact name, or by a unique prefix of either. An exact name always wins, so that a
-//! VM called `web` can be named where `web-1` is too.
+//! How people name a VM: by id, by exact name, or by a unique prefix of either. An exact name wins over a prefix, so that
+//! a VM called `web` can be named where `web-1` is too. A whole id wins over everything: it is what programs hold, and
+//! nobody can turn it to another VM by choosing a name.
 
-use bothy_contract::{Code, Error, vm::VmRecord};
+use bothy_contract::{Code, Error, VmId, vm::VmRecord};
 
 /// The one VM of `vms` that `text` names.
 ///
@@ -12,6 +13,9 @@ use bothy_contract::{Code, Error, vm::VmRecord};
 pub fn resolve<'a>(vms: &'a [VmRecord], text: &str) -> Result<&'a VmRecord, Error> {
     if text.is_empty() {
         return Err(Error::invalid("the name of a VM is empty").hint("`bothy vm list` shows the VMs"));
+    }
+    if let Some(vm) = whole_id(text).and_then(|id| vms.iter().find(|vm| vm.id == id)) {
+        return Ok(vm);
     }
     if let Some(vm) = vms.iter().find(|vm| vm.name.as_str() == text) {
         return Ok(vm);
@@ -27,9 +31,6 @@ pub fn resolve<'a>(vms: &'a [VmRecord], text: &str) -> Result<&'a VmRecord, Erro
         [] => Err(Error::not_found(format!("there is no VM {text:?}")).hint("`bothy vm list` shows the VMs")),
         [one] => Ok(one),
         several => {
-            if let Some(exact) = several.iter().find(|vm| vm.id.to_string() == id) {
-                return Ok(exact);
-            }
             let names: Vec<_> = several.iter().map(|vm| format!("{} ({})", vm.name, vm.id)).collect();
             Err(Error::new(
                 Code::InvalidArgument,
@@ -38,6 +39,11 @@ pub fn resolve<'a>(vms: &'a [VmRecord], text: &str) -> Result<&'a VmRecord, Erro
             .hint("give the full name, or more of the id"))
         }
     }
+}
+
+/// The id that `text` is, where it is a whole one.
+pub fn whole_id(text: &str) -> Option<VmId> {
+    text.parse().ok()
 }
 
 #[cfg(test)]
@@ -88,8 +94,11 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_looks_like_anothers_id_wins() {
-        let vms = [vm("019a", C), vm("web", A)];
+    fn a_name_that_looks_like_a_part_of_anothers_id_wins_but_a_whole_id_is_that_vm() {
+        let vms = [vm("019a", C), vm(A, B), vm("web", A)];
         assert_eq!(resolve(&vms, "019a").unwrap().name.as_str(), "019a");
+        assert_eq!(resolve(&vms, A).unwrap().name.as_str(), "web");
+        assert_eq!(resolve(&vms, &A.replace('-', "")).unwrap().name.as_str(), "web");
+        assert_eq!(resolve(&[vm(A, B)], A).unwrap().name.as_str(), A, "there is no VM of that id");
     }
 }

@@ -12,7 +12,7 @@ use bothy_bus::{Client, Server, testing::TestBus};
 use bothy_contract::{
     Code, Error, ImageName, OpId, Service, VmId,
     methods::{
-        ImageOpShow, VmChannelOpen, VmCreate, VmListAll, VmOpShow, VmStop, WorkspaceExportOpen,
+        ImageOpShow, VmChannelOpen, VmCreate, VmListAll, VmOpShow, VmShow, VmStop, WorkspaceExportOpen,
         WorkspaceImportOpen,
     },
     op::{Begun, OpEvent, OpEventKind, OpRecord, OpRef, OpState},
@@ -133,7 +133,7 @@ async fn host() -> Host {
                 .unwrap();
         });
     }
-    let list = vms.clone();
+    let (list, shown) = (vms.clone(), vms.clone());
     let (noted, noted_create) = (Arc::clone(&changes), Arc::clone(&changes));
     let (noted_channel, silent) = (Arc::clone(&changes), vms[2].id);
     let server =
@@ -141,6 +141,10 @@ async fn host() -> Host {
             .serve::<VmListAll, _, _>(move |_, _| {
                 let vms = list.clone();
                 async move { Ok(VmList { vms }) }
+            })
+            .serve::<VmShow, _, _>(move |_, request| {
+                let found = shown.iter().find(|vm| vm.id == request.vm).cloned();
+                async move { found.ok_or_else(|| Error::not_found("there is no such VM")) }
             })
             .serve::<VmOpShow, _, _>(move |_, request: OpRef| async move {
                 if request.op == op_id {
@@ -244,6 +248,16 @@ impl Host {
             command.uid(uid).gid(uid);
         }
         command.output().unwrap()
+    }
+
+    async fn until(&self, true_by_now: impl Fn() -> bool) {
+        for _ in 0..3000 {
+            if true_by_now() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("it did not come true");
     }
 
     fn json(&self, uid: u32, args: &[&str]) -> Value {
@@ -442,9 +456,7 @@ async fn a_guest_that_says_nothing_is_left_on_request() {
             .stderr(std::process::Stdio::piped())
             .spawn()
             .unwrap();
-        while !host.changes.lock().unwrap().contains(&asked) {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        host.until(|| host.changes.lock().unwrap().contains(&asked)).await;
         // It catches signals from a moment after that on; before, a signal ends it as it ends any process.
         tokio::time::sleep(Duration::from_millis(300)).await;
         assert!(Command::new("kill").arg(signal).arg(child.id().to_string()).status().unwrap().success());

@@ -11,10 +11,12 @@ mod error;
 mod host;
 mod images;
 mod listener;
+mod logs;
 mod ops;
 pub mod peer;
 mod streams;
 mod trace;
+mod usage;
 mod vms;
 mod workspace;
 
@@ -33,9 +35,9 @@ use axum::{
 };
 use bothy_bus::Client;
 use bothy_contract::{
-    Error, RequestId,
-    methods::{Method, VmListAll},
-    vm::{ListVms, VmRecord},
+    Code, Error, RequestId,
+    methods::{Method, VmListAll, VmShow},
+    vm::{ListVms, VmRecord, VmRef},
 };
 use sha2::{Digest, Sha256};
 use std::{future::Future, sync::Arc};
@@ -70,10 +72,14 @@ impl Gateway {
             .route("/host", get(host::show))
             .route("/host/teardown", post(host::teardown))
             .route("/vms", get(vms::list).post(vms::create))
-            .route("/vms/{vm}", get(vms::show).delete(vms::delete))
+            .route("/vms/{vm}", get(vms::show).patch(vms::set).delete(vms::delete))
             .route("/vms/{vm}/start", post(vms::start))
             .route("/vms/{vm}/stop", post(vms::stop))
-            .route("/vms/{vm}/logs", get(streams::logs))
+            .route("/vms/{vm}/restart", post(vms::restart))
+            .route("/vms/{vm}/kill", post(vms::kill))
+            .route("/vms/{vm}/ports", get(usage::ports))
+            .route("/stats", get(usage::stats))
+            .route("/vms/{vm}/logs", get(logs::logs))
             .route("/vms/{vm}/channel/{port}", get(streams::channel))
             .route(
                 "/vms/{vm}/workspace",
@@ -137,6 +143,15 @@ impl Gateway {
 
     /// The one VM that `caller` means by `text`.
     async fn vm(&self, caller: &Peer, text: &str) -> Result<VmRecord, Error> {
+        // Who names many VMs has resolved them once and sends ids: the whole list is not asked for each of them.
+        if let Some(vm) = refs::whole_id(text) {
+            match self.call::<VmShow>(&VmRef { vm }).await {
+                Ok(vm) if caller.owns(vm.owner) => return Ok(vm),
+                Err(e) if e.code != Code::NotFound => return Err(e),
+                // Somebody else's is not there, and it may be a name.
+                Ok(_) | Err(_) => {}
+            }
+        }
         let vms = self.visible(caller).await?;
         refs::resolve(&vms, text).cloned()
     }

@@ -1,55 +1,22 @@
-//! Raw streams: logs, and channels to guest ports.
+//! Channels to guest ports: raw streams both ways.
 
-use super::{ApiError, Gateway, Peer, error::Query};
+use super::{ApiError, Gateway, Peer};
 use crate::api::CHANNEL_PROTOCOL;
 use axum::{
     body::Body,
     extract::{Path, Request, State},
     http::{
         HeaderMap, HeaderValue, StatusCode,
-        header::{CONNECTION, CONTENT_TYPE, UPGRADE},
+        header::{CONNECTION, UPGRADE},
     },
     response::Response,
 };
-use bothy_contract::{
-    Error,
-    methods::{VmChannelOpen, VmLogOpen},
-    vm::{LogSource, OpenChannel, OpenLog},
-};
+use bothy_contract::{Error, methods::VmChannelOpen, vm::OpenChannel};
 use hyper_util::rt::TokioIo;
-use serde::Deserialize;
-use tokio_util::io::ReaderStream;
 use tracing::Instrument;
 
 /// The size of one piece of a stream, in bytes.
 pub(super) const CHUNK: usize = 64 << 10;
-
-#[derive(Deserialize)]
-pub(crate) struct LogQuery {
-    #[serde(default = "console")]
-    source: LogSource,
-    #[serde(default)]
-    follow: bool,
-}
-
-fn console() -> LogSource {
-    LogSource::Console
-}
-
-pub(crate) async fn logs(
-    State(gateway): State<Gateway>,
-    peer: Peer,
-    Path(vm): Path<String>,
-    Query(query): Query<LogQuery>,
-) -> Result<Response, ApiError> {
-    let vm = gateway.vm(&peer, &vm).await?;
-    let request = OpenLog { vm: vm.id, source: query.source, follow: query.follow };
-    let ticket = gateway.call::<VmLogOpen>(&request).await?;
-    let stream = bothy_tickets::connect(&ticket).await?;
-    let mut response = Response::new(Body::from_stream(ReaderStream::with_capacity(stream, CHUNK)));
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
-    Ok(response)
-}
 
 fn wants_channel(headers: &HeaderMap) -> bool {
     let has = |name, token: &str| {

@@ -1,4 +1,4 @@
-//! VMs: list, show, create, start, stop, delete.
+//! VMs: list, show, create, start, stop, restart, kill, set, delete.
 
 use super::{
     ApiError, Gateway, Peer,
@@ -11,9 +11,9 @@ use axum::{
     http::{HeaderMap, StatusCode},
 };
 use bothy_contract::{
-    methods::{VmCreate, VmDelete, VmStart, VmStop},
+    methods::{VmCreate, VmDelete, VmKill, VmRestart, VmSet, VmStart, VmStop},
     op::Begun,
-    vm::{CreateVm, DeleteVm, StartVm, StopVm, VmList, VmRecord, VmSpec},
+    vm::{CreateVm, DeleteVm, KillVm, RestartVm, SetVm, StartVm, StopVm, VmList, VmRecord},
 };
 use serde::Deserialize;
 
@@ -39,10 +39,10 @@ pub(crate) async fn create(
     State(gateway): State<Gateway>,
     peer: Peer,
     headers: HeaderMap,
-    Body(spec): Body<VmSpec>,
+    Body(api::CreateBody { spec, force }): Body<api::CreateBody>,
 ) -> Result<Accepted, ApiError> {
     spec.shape.check()?;
-    let request = CreateVm { spec, owner: peer.uid, force: false };
+    let request = CreateVm { spec, owner: peer.uid, force };
     Ok(accepted(gateway.change::<VmCreate>(&peer, &headers, &request).await?))
 }
 
@@ -72,7 +72,7 @@ pub(crate) async fn start(
     Body(body): Body<api::StartBody>,
 ) -> Result<Accepted, ApiError> {
     let vm = gateway.vm(&peer, &vm).await?;
-    let request = StartVm { vm: vm.id, identity: body.identity, force: false };
+    let request = StartVm { vm: vm.id, identity: body.identity, force: body.force };
     Ok(accepted(gateway.change::<VmStart>(&peer, &headers, &request).await?))
 }
 
@@ -86,4 +86,42 @@ pub(crate) async fn stop(
     let vm = gateway.vm(&peer, &vm).await?;
     let request = StopVm { vm: vm.id, grace_ms: body.grace_ms };
     Ok(accepted(gateway.change::<VmStop>(&peer, &headers, &request).await?))
+}
+
+pub(crate) async fn restart(
+    State(gateway): State<Gateway>,
+    peer: Peer,
+    headers: HeaderMap,
+    Path(vm): Path<String>,
+    Body(body): Body<api::RestartBody>,
+) -> Result<Accepted, ApiError> {
+    let vm = gateway.vm(&peer, &vm).await?;
+    let request = RestartVm { vm: vm.id, grace_ms: body.grace_ms, identity: body.identity };
+    Ok(accepted(gateway.change::<VmRestart>(&peer, &headers, &request).await?))
+}
+
+pub(crate) async fn kill(
+    State(gateway): State<Gateway>,
+    peer: Peer,
+    headers: HeaderMap,
+    Path(vm): Path<String>,
+    Body(body): Body<api::KillBody>,
+) -> Result<Accepted, ApiError> {
+    let vm = gateway.vm(&peer, &vm).await?;
+    let request = KillVm { vm: vm.id, signal: body.signal };
+    Ok(accepted(gateway.change::<VmKill>(&peer, &headers, &request).await?))
+}
+
+pub(crate) async fn set(
+    State(gateway): State<Gateway>,
+    peer: Peer,
+    headers: HeaderMap,
+    Path(vm): Path<String>,
+    Body(body): Body<api::SetBody>,
+) -> Result<Accepted, ApiError> {
+    let vm = gateway.vm(&peer, &vm).await?;
+    body.check(&vm)?;
+    let api::SetBody { cpus, memory_mib, work_mib, system_mib, nat } = body;
+    let request = SetVm { vm: vm.id, cpus, memory_mib, work_mib, system_mib, nat, egress: None, publish: None };
+    Ok(accepted(gateway.change::<VmSet>(&peer, &headers, &request).await?))
 }

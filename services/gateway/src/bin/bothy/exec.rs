@@ -9,11 +9,12 @@ use crate::{
     printer::Printer,
     terminal::{Raw, is_interactive, window},
 };
-use bothy_contract::{Code, Error};
+use bothy_contract::{Code, Error, vm::VmRecord};
 use bothy_guest_proto::{
     BULK_PORT, CHUNK, GuestClient,
     v1::{ExecInput, ExecStart, ForwardChunk, exec_input::Input, exec_output::Output},
 };
+use futures::stream::{PollNext, select_with_strategy};
 use std::{
     io::{self, Read},
     time::Duration,
@@ -27,6 +28,8 @@ use tokio_stream::wrappers::ReceiverStream;
 
 /// How many pieces of input may wait; each is at most [`CHUNK`] bytes.
 const QUEUE: usize = 4;
+/// How many signals and changes of size may wait.
+const CONTROLS: usize = 16;
 /// How many signals that ask to end, with no word from the guest, end the wait for it.
 const PATIENCE: u32 = 3;
 /// How long a guest may take to take a command; an emulated one under load is slow.
@@ -57,10 +60,23 @@ impl From<Exec> for Command {
     }
 }
 
-async fn connect(gateway: &Gateway, vm: &str) -> Result<GuestClient, Error> {
+impl Command {
+    /// The login shell of `user`, on a terminal where there is one.
+    pub(crate) fn shell(user: String, workdir: Option<String>) -> Self {
+        Self {
+            user,
+            workdir: workdir.unwrap_or_default(),
+            tty: is_interactive(),
+            stdin: true,
+            ..Self::default()
+        }
+    }
+}
+
+async fn connect(gateway: &Gateway, vm: &str, name: &str) -> Result<GuestClient, Error> {
     let stream = gateway.channel(vm, BULK_PORT).await?;
     bothy_guest_proto::client(stream).await.map_err(|e| {
-        let mut error = Error::internal(format!("cannot speak with the guest of {vm}"), &e);
+        let mut error = Error::internal(format!("cannot speak with the guest of {name}"), &e);
         error.code = Code::Unavailable;
         error
     })
@@ -88,13 +104,14 @@ fn lost(vm: &str, status: &tonic::Status) -> Error {
 pub(crate) async fn exec(
     gateway: &Gateway,
     printer: Printer,
-    vm: &str,
+    vm: &VmRecord,
     command: &Command,
 ) -> Result<u8, Error> {
-    let mut client = connect(gateway, vm).await?;
     if command.tty && !is_interactive() {
         return Err(Error::invalid("stdin and stdout are not a terminal").hint("leave out `--tty`"));
     }
+    let mut client = connect(gateway, &vm.id.to_string(), vm.name.as_str()).await?;
+    let vm = vm.name.as_str();
     let start = ExecStart {
         argv: command.argv.clone(),
         env: command.env.iter().cloned().collect(),
@@ -104,17 +121,23 @@ pub(crate) async fn exec(
         window: if command.tty { window() } else { None },
         term: if command.tty { std::env::var("TERM").unwrap_or_default() } else { String::new() },
     };
-    let (input, queue) = mpsc::channel(QUEUE);
+    // What controls the command never waits behind stdin, which a command that does not read holds up.
+    let (control, controls) = mpsc::channel(CONTROLS);
+    let (stdin, pieces) = mpsc::channel(QUEUE);
+    let queue =
+        select_with_strategy(ReceiverStream::new(controls), ReceiverStream::new(pieces), |(): &mut ()| {
+            PollNext::Left
+        });
     // Neither can fail: the queue is empty and its other end is held here.
-    let _ = input.send(message(Input::Start(start))).await;
+    let _ = control.send(message(Input::Start(start))).await;
     if !command.stdin {
-        let _ = input.send(message(Input::StdinEof(true))).await;
+        let _ = control.send(message(Input::StdinEof(true))).await;
     }
     // Signals are caught from before the command starts, so that none ends bothy and leaves the command behind.
     let mut signals = Signals::new()?;
     let raw = command.tty.then(Raw::enter).transpose()?;
     let mut output = tokio::select! {
-        opened = tokio::time::timeout(OPEN, client.exec(ReceiverStream::new(queue))) => opened
+        opened = tokio::time::timeout(OPEN, client.exec(queue)) => opened
             .map_err(|_| {
                 let message = format!("the guest of {vm} did not take the command within {} s", OPEN.as_secs());
                 Error::new(Code::DeadlineExceeded, message).hint(format!("`bothy vm logs {vm}` may say why"))
@@ -125,13 +148,12 @@ pub(crate) async fn exec(
         () = signals.asked_to_end() => return Err(left(vm)),
     };
     if command.stdin {
-        let input = input.clone();
         read_stdin(move |piece| {
             let message = message(match piece {
                 Some(data) => Input::Stdin(data),
                 None => Input::StdinEof(true),
             });
-            input.blocking_send(message).is_ok()
+            stdin.blocking_send(message).is_ok()
         })?;
     }
     let (mut out, mut err) = (tokio::io::stdout(), tokio::io::stderr());
@@ -151,7 +173,7 @@ pub(crate) async fn exec(
                 };
                 if let Some(sent) = sent {
                     // A full queue means that the guest takes nothing; waiting for it would stop the output too.
-                    let _ = input.try_send(message(sent));
+                    let _ = control.try_send(message(sent));
                 }
                 continue;
             }
@@ -296,7 +318,7 @@ impl Signals {
 /// Connects stdin and stdout to TCP port `port` of `vm`, until the guest closes the connection. The end of stdin is
 /// passed on as a half-close.
 pub(crate) async fn proxy(gateway: &Gateway, vm: &str, port: u16) -> Result<(), Error> {
-    let mut client = connect(gateway, vm).await?;
+    let mut client = connect(gateway, vm, vm).await?;
     let (input, queue) = mpsc::channel(QUEUE);
     // Cannot fail: the queue is empty and its other end is held here.
     let _ = input.send(ForwardChunk { port: port.into(), data: Vec::new() }).await;

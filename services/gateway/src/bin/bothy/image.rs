@@ -3,7 +3,7 @@
 use crate::{
     Context, Status, cli,
     printer::{duration, facts, size, table, word},
-    progress,
+    progress::Watcher,
 };
 use bothy_contract::{
     Error,
@@ -18,8 +18,11 @@ pub(crate) async fn main(context: &Context, command: cli::Image) -> Result<Statu
     match command {
         cli::Image::Build { image, force } => {
             let path = format!("/v1/images/{image}/build?force={force}");
-            let begun: Begun = context.gateway.change(Method::POST, &path, &json!({})).await?;
-            let outcome = progress::watch(&context.gateway, printer, begun.op)
+            let watcher = Watcher::new(&context.gateway, context.printer, false)?;
+            let body = json!({});
+            let begun: Begun = watcher.begin(context.gateway.change(Method::POST, &path, &body)).await?;
+            let outcome = watcher
+                .watch(begun.op, image.as_str())
                 .await
                 .map_err(|e| e.context(format!("image {image} was not built")))?;
             let value = json!({ "op": begun.op, "image": image, "took_us": outcome.took_us, "result": outcome.result });

@@ -11,6 +11,7 @@ mod exec;
 mod host;
 mod http;
 mod image;
+mod interrupt;
 mod op;
 mod plain;
 mod printer;
@@ -89,12 +90,17 @@ fn start(args: cli::Cli, printer: Printer) -> Result<Status, Error> {
         .iter()
         .any(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty()));
     let telemetry = traced.then(|| bothy_telemetry::init("bothy"));
-    // Exec and exports move bulk while they wait for the terminal.
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .map_err(|e| Error::internal("cannot start the runtime", &e))?;
+    // What moves bulk does so while it waits for the terminal, and traces are sent beside. All else asks and prints, and
+    // is done before a second thread would have started.
+    let mut runtime = if traced || moves_bulk(&args.command) {
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        runtime.worker_threads(2);
+        runtime
+    } else {
+        tokio::runtime::Builder::new_current_thread()
+    };
+    let runtime =
+        runtime.enable_all().build().map_err(|e| Error::internal("cannot start the runtime", &e))?;
     let span = tracing::info_span!("bothy.command", otel.kind = "client", command = name(&args.command));
     let done = runtime.block_on(dispatch(&context, args.command).instrument(span));
     // A thread may wait for stdin for ever.
@@ -103,6 +109,16 @@ fn start(args: cli::Cli, printer: Printer) -> Result<Status, Error> {
         telemetry.shutdown();
     }
     done
+}
+
+fn moves_bulk(command: &Command) -> bool {
+    use cli::Vm::{Exec, Logs, Proxy, Shell};
+    matches!(
+        command,
+        Command::Run(_)
+            | Command::Workspace(_)
+            | Command::Vm(Exec(_) | Shell { .. } | Proxy { .. } | Logs { .. })
+    )
 }
 
 fn name(command: &Command) -> &'static str {

@@ -3,7 +3,7 @@
 use crate::{
     Context, Status, cli,
     printer::{duration, facts, table, word},
-    progress,
+    progress::Watcher,
 };
 use bothy_contract::{Error, op::OpRecord};
 use bothy_gateway::api::segment;
@@ -21,7 +21,8 @@ pub(crate) async fn main(context: &Context, command: cli::Op) -> Result<Status, 
             let mut record = show(context, &op).await?;
             if watch && !record.state.is_final() {
                 // How it ended is in the record that follows; only what keeps it from being watched is an error.
-                let watched = progress::watch(&context.gateway, printer, record.id).await;
+                let watched =
+                    Watcher::new(&context.gateway, context.printer, false)?.look_on(record.id).await;
                 record = show(context, &op).await?;
                 if !record.state.is_final() {
                     watched?;

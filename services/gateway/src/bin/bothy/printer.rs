@@ -1,5 +1,6 @@
 //! All output of the command line goes through here: results to stdout, everything else to stderr.
 
+use crate::vm::Failure;
 use bothy_contract::Error;
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
@@ -18,6 +19,12 @@ impl Printer {
     /// A result for people, on stdout. A reader that has gone is no error of ours.
     pub(crate) fn line(self, text: impl AsRef<str>) {
         let _ = writeln!(std::io::stdout().lock(), "{}", text.as_ref());
+    }
+
+    /// Text on stdout, as it is. Returns whether there is still somebody who reads it.
+    pub(crate) fn write(self, text: &str) -> bool {
+        let mut out = std::io::stdout().lock();
+        out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_ok()
     }
 
     /// A record: JSON where that was asked for, else what `human` makes of it (nothing where that is empty).
@@ -43,6 +50,19 @@ impl Printer {
         Ok(())
     }
 
+    /// Several records: a document each where JSON was asked for, else what `human` makes of all.
+    pub(crate) fn records<T: Serialize>(
+        self,
+        values: &[T],
+        human: impl FnOnce(&[T]) -> String,
+    ) -> Result<(), Error> {
+        if !self.json {
+            self.line(human(values));
+            return Ok(());
+        }
+        values.iter().try_for_each(|value| self.record(value, |_| String::new()))
+    }
+
     /// A remark, on stderr.
     pub(crate) fn note(self, text: impl AsRef<str>) {
         if !self.quiet {
@@ -53,6 +73,13 @@ impl Printer {
     /// A line on stderr that `--quiet` does not silence.
     pub(crate) fn always(self, text: impl AsRef<str>) {
         let _ = writeln!(std::io::stderr().lock(), "{}", text.as_ref());
+    }
+
+    /// A question on stderr, whose line goes on with the answer.
+    pub(crate) fn ask(self, text: impl AsRef<str>) {
+        let mut err = std::io::stderr().lock();
+        let _ = write!(err, "{}", text.as_ref());
+        let _ = err.flush();
     }
 
     /// An error, on stderr.
@@ -66,6 +93,15 @@ impl Printer {
         if let Some(hint) = &error.hint {
             let _ = writeln!(err, "  hint: {}", visible(hint));
         }
+    }
+
+    /// What failed for one of several machines, on stderr.
+    pub(crate) fn failure(self, failure: &Failure<'_>) {
+        if self.json {
+            let Failure { name, error } = failure;
+            return self.always(serde_json::json!({ "vm": name, "error": error }).to_string());
+        }
+        self.error(&failure.named());
     }
 
     /// Whether progress may be drawn over, as on a terminal.

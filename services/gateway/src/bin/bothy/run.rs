@@ -3,8 +3,8 @@
 //! What can be wrong with the input is found before anything is created. Work is never thrown away: a machine whose
 //! work could not be brought back is kept, also with `--rm`, and it is said how to get at it.
 
-use crate::{Context, Status, cli, exec, printer::visible, terminal, vm, workspace};
-use bothy_contract::{Error, vm::VmRecord};
+use crate::{Context, Status, cli, exec, interrupt::Interrupts, printer::visible, terminal, vm, workspace};
+use bothy_contract::{Code, Error, vm::VmRecord};
 use bothy_pack::Repository;
 use std::path::{Path, PathBuf};
 
@@ -20,8 +20,16 @@ pub(crate) async fn main(context: &Context, args: cli::Run) -> Result<Status, Er
     }
     let (vm, _) = vm::create(context, &args.shape).await?;
     let id = vm.id.to_string();
-    let imported =
-        workspace::import(context, &id, repository, &args.guest_path, args.include_untracked).await;
+    // The create has caught Ctrl-C, so it would not end this by itself.
+    let interrupts = Interrupts::new()?;
+    let imported = tokio::select! {
+        imported =
+            workspace::import(context, &id, repository, &args.guest_path, args.include_untracked) => imported,
+        () = interrupts.at_least(1) => Err(Error::new(
+            Code::Cancelled,
+            format!("interrupted while the repository went into {}", vm.name),
+        )),
+    };
     match imported {
         Ok(report) => context.printer.note(format!(
             "{} is in {} at {}",
@@ -49,7 +57,7 @@ pub(crate) async fn main(context: &Context, args: cli::Run) -> Result<Status, Er
     if shell && !command.tty {
         context.printer.note("no command was given, so a shell reads stdin");
     }
-    let ended = exec::exec(&context.gateway, context.printer, &id, &command).await;
+    let ended = exec::exec(&context.gateway, context.printer, &vm, &command).await;
     // Whatever became of the command, what it changed is wanted.
     let saved = save(context, &vm, &args, &root).await;
     match (ended, saved) {

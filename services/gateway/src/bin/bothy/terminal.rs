@@ -1,6 +1,7 @@
 //! The user's terminal: raw while a guest's terminal is shown on it, and always put back.
 
-use bothy_contract::Error;
+use crate::printer::Printer;
+use bothy_contract::{Code, Error};
 use bothy_guest_proto::v1::WindowSize;
 use nix::sys::termios::{LocalFlags, SetArg, Termios, tcgetattr, tcsetattr};
 use std::io::IsTerminal;
@@ -8,6 +9,21 @@ use std::io::IsTerminal;
 /// Whether a command can be given a terminal: stdin and stdout both are one.
 pub(crate) fn is_interactive() -> bool {
     std::io::stdin().is_terminal() && std::io::stdout().is_terminal()
+}
+
+/// Asks the user to confirm something. Only a plain yes is one.
+///
+/// # Errors
+/// When nobody can be asked; `option` is what says yes beforehand.
+pub(crate) fn confirm(printer: Printer, question: &str, option: &str) -> Result<bool, Error> {
+    if printer.json || !std::io::stdin().is_terminal() || !std::io::stderr().is_terminal() {
+        return Err(Error::new(Code::FailedPrecondition, format!("nobody can be asked: {question}"))
+            .hint(format!("`{option}` says yes")));
+    }
+    printer.ask(format!("{question} [y/N] "));
+    let mut answer = String::new();
+    std::io::stdin().read_line(&mut answer).map_err(|e| Error::internal("cannot read the answer", &e))?;
+    Ok(matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes"))
 }
 
 /// The size of the terminal, where there is one.

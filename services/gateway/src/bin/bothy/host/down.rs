@@ -1,7 +1,7 @@
 //! `host down`: the machines, the network, then the process of `host up`, which stops the services.
 
 use super::owner;
-use crate::{Context, Status, cli::HostDown, http::Gateway, progress};
+use crate::{Context, Status, cli::HostDown, http::Gateway, progress::Watcher};
 use bothy_config::Config;
 use bothy_contract::{
     Code, Error,
@@ -43,11 +43,14 @@ pub(crate) async fn main(context: &Context, args: HostDown) -> Result<Status, Er
             printer.note(format!("stopping {}", vm.name));
         }
         // Side by side: each waits for its guest to power off.
+        let quiet = crate::printer::Printer { quiet: true, ..printer };
+        let watcher = Watcher::new(&gateway, quiet, true)?;
         let stops = vms.iter().map(async |vm: &VmRecord| {
             let path = format!("/v1/vms/{}/stop", vm.id);
-            let begun: Begun = gateway.change(Method::POST, &path, &StopBody::default()).await?;
-            let quiet = crate::printer::Printer { quiet: true, ..printer };
-            progress::watch(&gateway, quiet, begun.op)
+            let stop = StopBody::default();
+            let begun: Begun = watcher.begin(gateway.change(Method::POST, &path, &stop)).await?;
+            watcher
+                .watch(begun.op, vm.name.as_str())
                 .await
                 .map_err(|e| e.context(format!("{} was not stopped", vm.name)))
         });

@@ -1,8 +1,14 @@
 //! What one can type.
 
-use bothy_contract::{Error, ImageName, VmName, vm::LogSource};
-use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+mod values;
+mod vm;
+
+pub(crate) use vm::{Delete, Exec, Prune, Refs, Several, Vm};
+
+use bothy_contract::{ImageName, VmName};
+use clap::{Args, Parser, Subcommand, ValueHint};
 use std::path::PathBuf;
+use values::mib;
 
 /// Throw-away virtual machines for your repository
 ///
@@ -72,9 +78,15 @@ pub(crate) struct Shape {
     /// Work disk, which holds the home directory: 10G; a bare number is MiB
     #[arg(long, value_name = "SIZE", value_parser = mib)]
     pub(crate) disk: Option<u64>,
+    /// System disk, which holds what is written elsewhere: 10G; a bare number is MiB
+    #[arg(long, value_name = "SIZE", value_parser = mib)]
+    pub(crate) system_disk: Option<u64>,
     /// Let the machine reach the outside through the host
     #[arg(long)]
     pub(crate) nat: bool,
+    /// Create it even if the host's memory does not hold it
+    #[arg(long)]
+    pub(crate) force: bool,
     /// Show when each stage of the create began and how long it took
     #[arg(long)]
     pub(crate) timings: bool,
@@ -109,122 +121,6 @@ pub(crate) struct Run {
 
 /// Where a repository goes where nothing else is said.
 pub(crate) const DEFAULT_GUEST_PATH: &str = "/root/repo";
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum Vm {
-    /// Create a machine and wait until it is ready
-    Create {
-        #[command(flatten)]
-        shape: Shape,
-    },
-    /// List your machines
-    #[command(visible_alias = "ls")]
-    List,
-    /// Show machines
-    Show {
-        /// Names, ids, or unique prefixes of either
-        #[arg(required = true, value_name = "VM")]
-        vms: Vec<String>,
-    },
-    /// Start stopped machines
-    Start {
-        /// Names, ids, or unique prefixes of either
-        #[arg(required = true, value_name = "VM")]
-        vms: Vec<String>,
-    },
-    /// Stop machines; their disks stay
-    Stop {
-        /// Names, ids, or unique prefixes of either
-        #[arg(required = true, value_name = "VM")]
-        vms: Vec<String>,
-        /// How long the guest may take to power off before it is killed, in seconds
-        #[arg(long, default_value_t = 20, value_name = "SECONDS")]
-        grace: u32,
-    },
-    /// Delete machines with their disks
-    #[command(visible_alias = "rm")]
-    Delete {
-        /// Names, ids, or unique prefixes of either
-        #[arg(required = true, value_name = "VM")]
-        vms: Vec<String>,
-        /// Even while they run
-        #[arg(long, short)]
-        force: bool,
-    },
-    /// Run a command in a machine
-    Exec(Exec),
-    /// Log in with ssh
-    Ssh {
-        /// Name, id, or a unique prefix of either
-        vm: String,
-        /// The user to log in as
-        #[arg(long, short, default_value = "root")]
-        user: String,
-        /// What else ssh gets: options, then a command
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        args: Vec<String>,
-    },
-    /// Show what a guest wrote to its console, or its VMM to its log
-    Logs {
-        /// Name, id, or a unique prefix of either
-        vm: String,
-        /// Which log
-        #[arg(long, value_enum, default_value_t = Source::Console)]
-        source: Source,
-        /// Go on as it grows
-        #[arg(long, short)]
-        follow: bool,
-    },
-    /// Connect stdin and stdout to a TCP port of a machine
-    Proxy {
-        /// Name, id, or a unique prefix of either
-        vm: String,
-        /// The port
-        #[arg(value_parser = clap::value_parser!(u16).range(1..))]
-        port: u16,
-    },
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Source {
-    /// The guest's serial console
-    Console,
-    /// The VMM and its holder
-    Vmm,
-}
-
-impl From<Source> for LogSource {
-    fn from(source: Source) -> Self {
-        match source {
-            Source::Console => Self::Console,
-            Source::Vmm => Self::Vmm,
-        }
-    }
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct Exec {
-    /// Give the command a terminal (implies -i)
-    #[arg(long, short)]
-    pub(crate) tty: bool,
-    /// Pass stdin on to the command
-    #[arg(long, short)]
-    pub(crate) interactive: bool,
-    /// Set a variable of the command's environment
-    #[arg(long, short, value_name = "KEY=VALUE", value_parser = key_value)]
-    pub(crate) env: Vec<(String, String)>,
-    /// The directory to run in [default: the home directory]
-    #[arg(long, short, value_name = "DIR")]
-    pub(crate) workdir: Option<String>,
-    /// The user to run as
-    #[arg(long, short, default_value = "root")]
-    pub(crate) user: String,
-    /// Name, id, or a unique prefix of either
-    pub(crate) vm: String,
-    /// The command and its arguments [default: a shell]
-    #[arg(last = true, value_name = "CMD")]
-    pub(crate) command: Vec<String>,
-}
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Workspace {
@@ -363,30 +259,6 @@ pub(crate) struct HostDown {
     pub(crate) keep_vms: bool,
 }
 
-/// A size in MiB from `512M`, `2G`, `1T`, `2GiB` or a bare number of MiB.
-fn mib(text: &str) -> Result<u64, Error> {
-    let wrong = || {
-        Error::invalid(format!("{text:?} is not a size"))
-            .hint("give a number with M, G or T behind it, such as `2G`")
-    };
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (number, unit) = text.split_at_checked(digits).ok_or_else(wrong)?;
-    let factor: u64 = match unit.to_ascii_lowercase().as_str() {
-        "" | "m" | "mib" => 1,
-        "g" | "gib" => 1 << 10,
-        "t" | "tib" => 1 << 20,
-        _ => return Err(wrong()),
-    };
-    number.parse::<u64>().ok().and_then(|n| n.checked_mul(factor)).ok_or_else(wrong)
-}
-
-fn key_value(text: &str) -> Result<(String, String), Error> {
-    match text.split_once('=') {
-        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
-        _ => Err(Error::invalid(format!("{text:?} is not of the form KEY=VALUE"))),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -395,18 +267,6 @@ mod tests {
     #[test]
     fn the_definition_is_sound() {
         Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn sizes() {
-        assert_eq!(mib("512").unwrap(), 512);
-        assert_eq!(mib("512M").unwrap(), 512);
-        assert_eq!(mib("2g").unwrap(), 2048);
-        assert_eq!(mib("1TiB").unwrap(), 1 << 20);
-        for bad in ["", "G", "-1", "1.5G", "1K", "2GG", "99999999999999999999", "18446744073709551615T", "é"]
-        {
-            assert!(mib(bad).is_err(), "{bad}");
-        }
     }
 
     #[test]
@@ -420,5 +280,18 @@ mod tests {
         assert_eq!((vm.as_str(), args.len()), ("web", 3));
         assert!(Cli::try_parse_from(["bothy", "run", "--rm", "--keep"]).is_err());
         assert!(Cli::try_parse_from(["bothy", "vm", "proxy", "web", "0"]).is_err());
+    }
+
+    #[test]
+    fn machines_are_named_or_all_of_them_are_meant() {
+        let parse = |line: &str| Cli::try_parse_from(line.split(' ')).is_ok();
+        for verb in ["start", "stop", "restart", "delete"] {
+            assert!(parse(&format!("bothy vm {verb} a b")) && parse(&format!("bothy vm {verb} --all")));
+            assert!(!parse(&format!("bothy vm {verb}")) && !parse(&format!("bothy vm {verb} a --all")));
+        }
+        assert!(
+            !parse("bothy vm kill --all") && !parse("bothy vm set web") && !parse("bothy vm set --nat on")
+        );
+        assert!(parse("bothy vm set web db --nat on --memory 2G") && parse("bothy vm stats"));
     }
 }

@@ -1,0 +1,258 @@
+//! What one can type behind `bothy vm`.
+
+use super::{
+    Shape,
+    values::{age, key_value, mib, signal},
+};
+use bothy_contract::vm::LogSource;
+use bothy_gateway::api::SetBody;
+use clap::{Args, Subcommand, ValueEnum};
+use std::time::Duration;
+
+/// Machines that are named.
+#[derive(Debug, Args)]
+pub(crate) struct Refs {
+    /// Names, ids, or unique prefixes of either
+    #[arg(required = true, value_name = "VM")]
+    pub(crate) vms: Vec<String>,
+}
+
+/// Machines that are named, or all that it makes sense for.
+#[derive(Debug, Args)]
+pub(crate) struct Several {
+    /// Names, ids, or unique prefixes of either
+    #[arg(required_unless_present = "all", conflicts_with = "all", value_name = "VM")]
+    pub(crate) vms: Vec<String>,
+    /// All of your machines for which it makes sense (root: root's own)
+    #[arg(long)]
+    pub(crate) all: bool,
+}
+
+/// The grace of a stop.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct Grace {
+    /// How long the guest may take to power off before it is killed, in seconds
+    #[arg(long, default_value_t = 10, value_name = "SECONDS")]
+    grace: u32,
+}
+
+impl Grace {
+    /// In milliseconds.
+    pub(crate) fn ms(self) -> u64 {
+        u64::from(self.grace) * 1000
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Vm {
+    /// Create a machine and wait until it is ready
+    Create {
+        #[command(flatten)]
+        shape: Shape,
+    },
+    /// List your machines
+    #[command(visible_alias = "ls")]
+    List,
+    /// Show machines
+    Show(Refs),
+    /// Start stopped machines
+    Start {
+        #[command(flatten)]
+        which: Several,
+        /// Start them even if the host's memory does not hold them
+        #[arg(long)]
+        force: bool,
+    },
+    /// Stop machines; their disks stay
+    Stop {
+        #[command(flatten)]
+        which: Several,
+        #[command(flatten)]
+        grace: Grace,
+    },
+    /// Stop machines and start them again, on the same disks
+    Restart {
+        #[command(flatten)]
+        which: Several,
+        #[command(flatten)]
+        grace: Grace,
+    },
+    /// End machines at once: their VMM gets a signal, their guest is not asked; disks stay
+    Kill {
+        #[command(flatten)]
+        which: Refs,
+        /// The signal: a name or a number of one that ends a process
+        #[arg(long, short, default_value = "KILL", value_parser = signal, allow_hyphen_values = true)]
+        signal: i32,
+    },
+    /// Change machines: more disk, another size, NAT
+    Set {
+        #[command(flatten)]
+        which: Refs,
+        #[command(flatten)]
+        change: Change,
+    },
+    /// Delete machines with their disks
+    #[command(visible_alias = "rm")]
+    Delete(Delete),
+    /// Delete stopped and failed machines of yours (root: root's own)
+    Prune(Prune),
+    /// Show how much machines use
+    Stats {
+        /// Names, ids, or unique prefixes of either [default: all that run]
+        #[arg(value_name = "VM")]
+        vms: Vec<String>,
+        /// Show it anew every two seconds, until Ctrl-C
+        #[arg(long, short)]
+        watch: bool,
+    },
+    /// Show on which ports machines listen, and how to get at them
+    Ports(Refs),
+    /// Run a command in a machine
+    Exec(Exec),
+    /// Open a shell in a machine, through its channel: no network, no ssh needed
+    Shell {
+        /// Name, id, or a unique prefix of either
+        vm: String,
+        /// The user whose login shell it is
+        #[arg(long, short, default_value = "root")]
+        user: String,
+        /// The directory to begin in [default: the home directory]
+        #[arg(long, short, value_name = "DIR")]
+        workdir: Option<String>,
+    },
+    /// Log in with ssh
+    Ssh {
+        /// Name, id, or a unique prefix of either
+        vm: String,
+        /// The user to log in as
+        #[arg(long, short, default_value = "root")]
+        user: String,
+        /// What else ssh gets: options, then a command
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Show what a guest wrote to its console, or its VMM to its log
+    Logs {
+        /// Name, id, or a unique prefix of either
+        vm: String,
+        /// Which log
+        #[arg(long, value_enum, default_value_t = Source::Console)]
+        source: Source,
+        /// Go on as it grows
+        #[arg(long, short)]
+        follow: bool,
+        /// Begin with the last lines, that many [default: all that is kept]
+        #[arg(long, short = 'n', value_name = "N")]
+        tail: Option<u32>,
+    },
+    /// Connect stdin and stdout to a TCP port of a machine
+    Proxy {
+        /// Name, id, or a unique prefix of either
+        vm: String,
+        /// The port
+        #[arg(value_parser = clap::value_parser!(u16).range(1..))]
+        port: u16,
+    },
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = true)]
+pub(crate) struct Change {
+    /// Virtual processors; from the next start on
+    #[arg(long, value_name = "N")]
+    cpus: Option<u32>,
+    /// Memory: 512M, 2G; a bare number is MiB; from the next start on
+    #[arg(long, value_name = "SIZE", value_parser = mib)]
+    memory: Option<u64>,
+    /// Work disk, which holds the home directory; it only grows
+    #[arg(long, value_name = "SIZE", value_parser = mib)]
+    disk: Option<u64>,
+    /// System disk, which holds what is written elsewhere; it only grows
+    #[arg(long, value_name = "SIZE", value_parser = mib)]
+    system_disk: Option<u64>,
+    /// Whether the machine may reach the outside through the host
+    #[arg(long, value_enum, value_name = "WHETHER")]
+    nat: Option<Switch>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Switch {
+    On,
+    Off,
+}
+
+impl From<Change> for SetBody {
+    fn from(change: Change) -> Self {
+        Self {
+            cpus: change.cpus,
+            memory_mib: change.memory,
+            work_mib: change.disk,
+            system_mib: change.system_disk,
+            nat: change.nat.map(|nat| nat == Switch::On),
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Delete {
+    #[command(flatten)]
+    pub(crate) which: Several,
+    /// Even while they run; with --all, without asking
+    #[arg(long, short)]
+    pub(crate) force: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Prune {
+    /// Only those that have been so for longer than this: 30m, 12h, 7d, 2w
+    #[arg(long, value_name = "AGE", value_parser = age)]
+    pub(crate) older_than: Option<Duration>,
+    /// Only list them
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Do not ask
+    #[arg(long, short)]
+    pub(crate) yes: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Source {
+    /// The guest's serial console
+    Console,
+    /// The VMM and its holder
+    Vmm,
+}
+
+impl From<Source> for LogSource {
+    fn from(source: Source) -> Self {
+        match source {
+            Source::Console => Self::Console,
+            Source::Vmm => Self::Vmm,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Exec {
+    /// Give the command a terminal (implies -i)
+    #[arg(long, short)]
+    pub(crate) tty: bool,
+    /// Pass stdin on to the command
+    #[arg(long, short)]
+    pub(crate) interactive: bool,
+    /// Set a variable of the command's environment
+    #[arg(long, short, value_name = "KEY=VALUE", value_parser = key_value)]
+    pub(crate) env: Vec<(String, String)>,
+    /// The directory to run in [default: the home directory]
+    #[arg(long, short, value_name = "DIR")]
+    pub(crate) workdir: Option<String>,
+    /// The user to run as
+    #[arg(long, short, default_value = "root")]
+    pub(crate) user: String,
+    /// Name, id, or a unique prefix of either
+    pub(crate) vm: String,
+    /// The command and its arguments [default: a shell]
+    #[arg(last = true, value_name = "CMD")]
+    pub(crate) command: Vec<String>,
+}

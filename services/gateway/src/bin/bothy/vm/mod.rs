@@ -1,0 +1,140 @@
+//! `bothy vm`: machines. [`many`] is how a command does something with several at once.
+
+mod change;
+mod logs;
+mod many;
+mod ports;
+mod prune;
+mod show;
+mod stats;
+
+pub(crate) use change::delete_quietly;
+pub(crate) use many::Failure;
+
+use crate::{Context, Status, cli, exec, printer::duration, progress, ssh};
+use bothy_contract::{
+    Error, VmId,
+    op::Begun,
+    vm::{Shape, VmList, VmRecord, VmSpec},
+};
+use bothy_gateway::api::{self, CreateBody};
+use http::Method;
+use many::{Failures, Targets};
+use progress::Watcher;
+use serde_json::json;
+
+pub(crate) async fn main(context: &Context, command: cli::Vm) -> Result<Status, Error> {
+    let printer = context.printer;
+    match command {
+        cli::Vm::Create { shape } => {
+            let (vm, outcome) = create(context, &shape).await?;
+            let timings: Vec<_> = outcome
+                .stages
+                .iter()
+                .map(|s| json!({ "stage": s.name, "started_us": s.started_us, "took_us": s.took_us }))
+                .collect();
+            let all = json!({ "vm": vm, "took_us": outcome.took_us, "timings": timings });
+            printer.record(&all, |_| vm.name.to_string())?;
+            Ok(Status::SUCCESS)
+        }
+        cli::Vm::List => {
+            let list: VmList = context.gateway.get("/v1/vms").await?;
+            printer.record(&list.vms, |vms| show::listing(vms))?;
+            Ok(Status::SUCCESS)
+        }
+        cli::Vm::Show(which) => {
+            let targets = Targets::named(context, &which.vms).await?;
+            for (n, vm) in targets.vms.iter().enumerate() {
+                let gap = if n == 0 { "" } else { "\n" };
+                printer.record(vm, |vm| format!("{gap}{}", show::details(vm)))?;
+            }
+            Failures::of(&targets, |failure| printer.failure(failure)).end()
+        }
+        cli::Vm::Start { which, force } => change::start(context, &which, force).await,
+        cli::Vm::Stop { which, grace } => change::stop(context, &which, grace.ms()).await,
+        cli::Vm::Restart { which, grace } => change::restart(context, &which, grace.ms()).await,
+        cli::Vm::Kill { which, signal } => change::kill(context, &which, signal).await,
+        cli::Vm::Set { which, change } => change::set(context, &which, &change.into()).await,
+        cli::Vm::Delete(args) => change::delete(context, &args).await,
+        cli::Vm::Prune(args) => prune::main(context, &args).await,
+        cli::Vm::Stats { vms, watch } => stats::main(context, &vms, watch).await,
+        cli::Vm::Ports(which) => ports::main(context, &which.vms).await,
+        cli::Vm::Exec(args) => {
+            let vm = show(context, &args.vm).await?;
+            let command = exec::Command::from(args);
+            exec::exec(&context.gateway, printer, &vm, &command).await.map(Status)
+        }
+        cli::Vm::Shell { vm, user, workdir } => {
+            let vm = show(context, &vm).await?;
+            let command = exec::Command::shell(user, workdir);
+            exec::exec(&context.gateway, printer, &vm, &command).await.map(Status)
+        }
+        cli::Vm::Ssh { vm, user, args } => {
+            let vm = show(context, &vm).await?;
+            let mut command = ssh::command(context.gateway.socket(), vm.id, vm.name.as_str(), &user, &args)?;
+            // Becomes ssh: its exit status is ours, and the terminal is its own.
+            let error = std::os::unix::process::CommandExt::exec(&mut command);
+            Err(Error::new(bothy_contract::Code::FailedPrecondition, format!("cannot run `ssh`: {error}"))
+                .hint("install it: `apt-get install openssh-client`"))
+        }
+        cli::Vm::Logs { vm, source, follow, tail } => {
+            logs::main(context, &vm, source.into(), follow, tail).await
+        }
+        cli::Vm::Proxy { vm, port } => {
+            exec::proxy(&context.gateway, &vm, port).await?;
+            Ok(Status::SUCCESS)
+        }
+    }
+}
+
+fn path(vm: &str, rest: &str) -> String {
+    format!("/v1/vms/{}{rest}", api::segment(vm))
+}
+
+/// The one VM that `vm` names.
+pub(crate) async fn show(context: &Context, vm: &str) -> Result<VmRecord, Error> {
+    if vm.is_empty() {
+        return Err(Error::invalid("the name of a VM is empty").hint("`bothy vm list` shows the VMs"));
+    }
+    context.gateway.get(&path(vm, "")).await
+}
+
+/// Creates a VM and waits until it is ready.
+pub(crate) async fn create(
+    context: &Context,
+    args: &cli::Shape,
+) -> Result<(VmRecord, progress::Outcome), Error> {
+    let default = Shape::default();
+    let shape = Shape {
+        cpus: args.cpus.unwrap_or(default.cpus),
+        memory_mib: args.memory.unwrap_or(default.memory_mib),
+        work_mib: args.disk.unwrap_or(default.work_mib),
+        system_mib: args.system_disk.unwrap_or(default.system_mib),
+    };
+    shape.check()?;
+    let spec = VmSpec {
+        name: args.name.clone(),
+        image: args.image.clone(),
+        shape,
+        nat: args.nat,
+        egress: None,
+        publish: Vec::new(),
+        identity: ssh::identity(context.printer),
+    };
+    let body = CreateBody { spec, force: args.force };
+    let watcher = Watcher::new(&context.gateway, context.printer, false)?;
+    let begun: Begun = watcher.begin(context.gateway.change(Method::POST, "/v1/vms", &body)).await?;
+    let id: VmId = begun.vm.ok_or_else(|| {
+        Error::new(bothy_contract::Code::Internal, "the gateway did not say which VM it creates")
+    })?;
+    let outcome = watcher.watch(begun.op, "").await.map_err(|e| {
+        if e.code == bothy_contract::Code::Cancelled { e } else { e.context("the machine was not created") }
+    })?;
+    let vm = show(context, &id.to_string()).await?;
+    let printer = context.printer;
+    printer.note(format!("{} is ready ({})", vm.name, duration(outcome.took_us)));
+    if args.timings {
+        printer.note(outcome.table());
+    }
+    Ok((vm, outcome))
+}
