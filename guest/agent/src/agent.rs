@@ -1,11 +1,12 @@
-//! The agent process: opens the two virtio-serial ports, and serves the gRPC service on the streams that the host
-//! opens to ports 1 and 2. One thread: a guest often has one CPU, and file work goes to tokio's blocking threads.
+//! The agent process: opens its end of the channel, which is two virtio-serial ports or a virtio socket device, whichever the
+//! machine has, and serves the gRPC service on the streams that the host opens to ports 1 and 2. One thread: a guest often has one CPU, and file work goes to tokio's blocking threads.
 
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bothy_channel::guest::Listener;
 use bothy_guest_proto::{BULK_PORT, CONTROL_PORT, MAX_MESSAGE, v1::guest_server::GuestServer};
@@ -18,7 +19,10 @@ use crate::boot::NEW_ROOT;
 use crate::port::{self, Port};
 use crate::service::{Guest, Init};
 use crate::timeline::{Step, now_us};
-use crate::{boot, kmsg};
+use crate::{boot, kmsg, machine, vsock};
+
+/// How long to wait when no connection can be accepted.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Runs the agent; it ends only with the machine.
 ///
@@ -34,17 +38,31 @@ pub fn run() -> io::Result<()> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         let init = Init::waiting(tokio::net::UnixStream::from_std(link)?);
         let guest = Guest::new(init, steps);
-        let (control, bulk) = tokio::try_join!(port::open("bothy.control"), port::open("bothy.bulk"))?;
+        let (accepted, streams) = mpsc::channel(8);
+        let vsock = machine::has_virtio(machine::VSOCK);
+        if vsock {
+            // The port that the host asks for first is the last one to be there: once it answers, both do.
+            for port in [BULK_PORT, CONTROL_PORT] {
+                let listener = vsock::Listener::new(port).map_err(|error| {
+                    let text = format!(
+                        "listen on vsock port {port}: {error} (an image built before \
+                        there was vsock has no modules for it: build it again)"
+                    );
+                    io::Error::new(error.kind(), text)
+                })?;
+                tokio::spawn(accept_vsock(listener, accepted.clone()));
+            }
+        }
+        // A machine may have both. One without either has a VMM that forgot the channel, and the ports' error says so.
+        if machine::has_virtio(machine::CONSOLE) || !vsock {
+            let (control, bulk) = tokio::try_join!(port::open("bothy.control"), port::open("bothy.bulk"))?;
+            tokio::spawn(accept(control, accepted.clone()));
+            tokio::spawn(accept(bulk, accepted.clone()));
+        }
+        drop(accepted);
         guest.add_step(Step::ends_now("channel", began));
-        serve(guest, control, bulk).await.map_err(io::Error::other)
+        server(guest, ReceiverStream::new(streams)).await.map_err(io::Error::other)
     })
-}
-
-async fn serve(guest: Guest, control: Port, bulk: Port) -> Result<(), tonic::transport::Error> {
-    let (accepted, streams) = mpsc::channel(8);
-    tokio::spawn(accept(control, accepted.clone()));
-    tokio::spawn(accept(bulk, accepted));
-    server(guest, ReceiverStream::new(streams)).await
 }
 
 /// Serves `guest` on `streams`, with windows as wide as the host's: the channel below does the flow control.
@@ -63,6 +81,23 @@ where
         .add_service(service)
         .serve_with_incoming(streams)
         .await
+}
+
+/// Passes on the connections to one vsock port, for as long as the machine runs.
+async fn accept_vsock(listener: vsock::Listener, accepted: mpsc::Sender<io::Result<Accepted>>) {
+    loop {
+        match listener.accept().await {
+            Ok(stream) => {
+                if accepted.send(Ok(Accepted::new(stream))).await.is_err() {
+                    return;
+                }
+            }
+            Err(error) => {
+                kmsg::error(&format!("cannot accept a connection from the host: {error}"));
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+    }
 }
 
 /// Passes on the streams of one virtio-serial port, for as long as the machine runs.

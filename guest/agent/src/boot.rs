@@ -22,8 +22,8 @@ pub(crate) use disk::{by_serial, sectors};
 pub(crate) use link::{Order, receive_steps};
 pub(crate) use switch::NEW_ROOT;
 
-use crate::kmsg;
 use crate::timeline::{Step, now_us};
+use crate::{kmsg, machine};
 
 /// Why the boot stopped.
 #[derive(Debug, thiserror::Error)]
@@ -88,6 +88,7 @@ fn power_down(how: RebootMode) -> ! {
 }
 
 fn power_off(how: RebootMode) -> ExitCode {
+    let how = if machine::ends_by_reset() { RebootMode::RB_AUTOBOOT } else { how };
     nix::unistd::sync();
     let Err(errno) = reboot(how);
     kmsg::error(&format!("power off: {errno}"));

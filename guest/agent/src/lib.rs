@@ -20,6 +20,7 @@ mod exec;
 mod files;
 mod forward;
 mod identity;
+mod machine;
 mod nic;
 mod personalise;
 mod port;
@@ -29,6 +30,7 @@ mod service;
 mod shutdown;
 mod tarball;
 mod users;
+mod vsock;
 mod workdisk;
 
 pub use service::{Guest, Init};

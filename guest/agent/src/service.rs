@@ -15,7 +15,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::timeline::{Step, now_us};
-use crate::{exec, files, forward, kmsg, personalise, ports, shutdown, tarball};
+use crate::{exec, files, forward, kmsg, machine, personalise, ports, shutdown, tarball};
 
 mod init;
 
@@ -270,7 +270,7 @@ impl guest_server::Guest for Guest {
     }
 
     async fn shutdown(&self, request: Request<v1::ShutdownRequest>) -> Reply<v1::ShutdownReply> {
-        let reboot = request.into_inner().reboot;
+        let reboot = request.into_inner().reboot || machine::ends_by_reset();
         let guest = self.clone();
         tokio::spawn(async move {
             // The answer first: with a small machine the end is quicker than its way out.

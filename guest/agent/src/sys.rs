@@ -1,9 +1,9 @@
-//! What needs `unsafe`: four ioctls, signals outside the standard 31, descriptors that tokio watches, and the moment
-//! between fork and exec.
+//! What needs `unsafe`: four ioctls, signals outside the standard 31, descriptors that tokio watches or accept4 makes, and
+//! the moment between fork and exec.
 //! Everything else in this crate goes through the safe wrappers of `nix`.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::libc;
@@ -90,6 +90,18 @@ pub fn kill(pid: i32, signal: i32) -> io::Result<()> {
 pub fn watch(descriptor: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an `OwnedFd` is one open descriptor for as long as it lives, and `AsyncFd` gives out no `&mut` by itself.
     Ok(unsafe { AsyncFd::register_with_interest(descriptor, interest) }?)
+}
+
+/// The next connection of a listening, non-blocking socket; it is non-blocking too.
+///
+/// # Errors
+/// The kernel's; `WouldBlock` where there is none.
+#[expect(unsafe_code, reason = "nix gives a number where it makes a descriptor")]
+pub fn accept(listener: impl AsFd) -> io::Result<OwnedFd> {
+    use nix::sys::socket::{SockFlag, accept4};
+    let number = accept4(listener.as_fd().as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;
+    // SAFETY: accept4 has just made the descriptor, and nobody else knows its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 /// What a command's process becomes between fork and exec.

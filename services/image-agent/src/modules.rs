@@ -13,6 +13,19 @@ use std::{
 /// guest time, so there are no others. `-` and `_` in names are the same to the kernel; files spell them either way.
 pub(crate) const WANTED: [&str; 5] = ["virtio_mmio", "virtio_blk", "virtio_console", "virtio_net", "overlay"];
 
+/// What a guest asks for besides where its machine has a virtio socket device, as Firecracker's have: only there it is
+/// loaded. A kernel without it boots under QEMU only.
+pub(crate) const WANTED_FOR_VSOCK: [&str; 1] = ["vmw_vsock_virtio_transport"];
+
+/// Modules by their files, each after what it needs.
+#[derive(Debug)]
+pub(crate) struct Modules {
+    /// What every guest loads.
+    pub(crate) always: Vec<PathBuf>,
+    /// What a guest with a virtio socket device loads after that.
+    pub(crate) vsock: Vec<PathBuf>,
+}
+
 /// Why the order could not be made.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ModulesError {
@@ -40,9 +53,9 @@ fn canonical(name: &str) -> String {
     name.replace('-', "_")
 }
 
-/// The files of [`WANTED`] and all they need, below `tree` (`lib/modules/<release>`), each after what it needs.
+/// The files of [`WANTED`] and [`WANTED_FOR_VSOCK`] and all they need, below `tree` (`lib/modules/<release>`).
 /// A wanted module that the kernel has built in is left out.
-pub(crate) fn in_load_order(tree: &Path) -> Result<Vec<PathBuf>, ModulesError> {
+pub(crate) fn in_load_order(tree: &Path) -> Result<Modules, ModulesError> {
     let mut files = BTreeMap::new();
     collect(tree, &mut files)?;
     let builtin: BTreeSet<String> = match fs_err::read_to_string(tree.join("modules.builtin")) {
@@ -55,8 +68,15 @@ pub(crate) fn in_load_order(tree: &Path) -> Result<Vec<PathBuf>, ModulesError> {
         let data = fs_err::read(file)?;
         depends(&data).ok_or_else(|| ModulesError::NotAModule(file.clone()))
     };
-    let order = sort(WANTED.iter().copied(), needs, |n| files.contains_key(n), |n| builtin.contains(n))?;
-    Ok(order.iter().filter_map(|n| files.get(n).cloned()).collect())
+    let sorted = |wanted: &[&str]| {
+        sort(wanted.iter().copied(), needs, |n| files.contains_key(n), |n| builtin.contains(n))
+    };
+    let always = sorted(&WANTED)?;
+    let there: Vec<&str> = WANTED_FOR_VSOCK.into_iter().filter(|n| files.contains_key(*n)).collect();
+    let mut vsock = sorted(&there)?;
+    vsock.retain(|n| !always.contains(n));
+    let paths = |names: &[String]| names.iter().filter_map(|n| files.get(n).cloned()).collect();
+    Ok(Modules { always: paths(&always), vsock: paths(&vsock) })
 }
 
 /// Depth-first: each name after all that it needs. Pure, so that it can be tested without a kernel.
@@ -229,8 +249,14 @@ mod tests {
         fs_err::write(dir.path().join("modules.builtin"), "kernel/fs/overlay.ko\n").unwrap();
         put("kernel/drivers/virtio.ko", "");
         let order = in_load_order(dir.path()).unwrap();
-        assert_eq!(order.len(), WANTED.len());
-        assert!(order[0].ends_with("virtio.ko"), "{order:?}");
+        assert_eq!(order.always.len(), WANTED.len());
+        assert!(order.always[0].ends_with("virtio.ko"), "{order:?}");
+        assert!(order.vsock.is_empty(), "a kernel without vsock is one all the same: {order:?}");
+        put("kernel/net/vsock.ko", "");
+        put("kernel/net/vmw_vsock_virtio_transport.ko", "vsock,virtio");
+        let order = in_load_order(dir.path()).unwrap();
+        assert_eq!(order.always.len(), WANTED.len());
+        assert!(order.vsock[0].ends_with("vsock.ko") && order.vsock.len() == 2, "{order:?}");
         fs_err::remove_file(dir.path().join("kernel/drivers/virtio.ko")).unwrap();
         assert!(matches!(in_load_order(dir.path()), Err(ModulesError::Missing { .. })));
     }

@@ -1,15 +1,23 @@
-//! Disks by their virtio-blk serial number: letters depend on the order of probing, serials are the host's word.
+//! Disks by their virtio-blk serial number: letters depend on the order of probing, serials are the host's word. A VMM that
+//! cannot give serials (Firecracker) says the disks' order instead, on the kernel's command line.
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+
+use crate::machine;
 
 /// The device node of the disk whose serial is `serial`, or `None` if the machine has none.
 ///
 /// # Errors
 /// When sysfs cannot be read.
 pub(crate) fn by_serial(serial: &str) -> io::Result<Option<PathBuf>> {
-    find(Path::new("/sys/block"), serial).map(|name| name.map(|name| Path::new("/dev").join(name)))
+    let block = Path::new("/sys/block");
+    let name = match machine::disks() {
+        Some(order) => find_by_order(block, &order, serial)?,
+        None => find(block, serial)?,
+    };
+    Ok(name.map(|name| Path::new("/dev").join(name)))
 }
 
 /// The same, for a disk that must be there: waits up to `patience` for it to appear.
@@ -42,6 +50,24 @@ pub(crate) fn sectors(disk: &Path) -> io::Result<u64> {
         .map_err(|_| io::Error::other(format!("{}: not a size: `{}`", disk.display(), text.trim())))
 }
 
+/// The disk in `wanted`'s place of `order`, once there are as many as that has; the kernel names them as it finds them.
+fn find_by_order(block: &Path, order: &[String], wanted: &str) -> io::Result<Option<PathBuf>> {
+    let mut names = Vec::new();
+    for entry in fs_err::read_dir(block)? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if name.starts_with("vd") {
+            names.push(name);
+        }
+    }
+    if names.len() < order.len() {
+        return Ok(None);
+    }
+    // `vdz` comes before `vdaa`.
+    names.sort_by(|a, b| (a.len(), a).cmp(&(b.len(), b)));
+    let place = order.iter().position(|name| name == wanted);
+    Ok(place.and_then(|place| names.get(place)).map(PathBuf::from))
+}
+
 fn find(block: &Path, serial: &str) -> io::Result<Option<PathBuf>> {
     for entry in fs_err::read_dir(block)? {
         let name = entry?.file_name();
@@ -70,5 +96,20 @@ mod tests {
         assert_eq!(find(dir.path(), "rootfs").unwrap(), Some("vdb".into()));
         assert_eq!(find(dir.path(), "work").unwrap(), Some("vda".into()));
         assert_eq!(find(dir.path(), "root").unwrap(), None);
+    }
+
+    #[test]
+    fn a_disk_is_found_by_its_place_once_all_are_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let order = ["rootfs", "system", "work"].map(str::to_owned);
+        let at = |name: &str| find_by_order(dir.path(), &order, name).unwrap();
+        for name in ["vdb", "loop0", "vda"] {
+            fs_err::create_dir(dir.path().join(name)).unwrap();
+        }
+        assert_eq!(at("rootfs"), None);
+        fs_err::create_dir(dir.path().join("vdc")).unwrap();
+        assert_eq!(at("rootfs"), Some("vda".into()));
+        assert_eq!(at("work"), Some("vdc".into()));
+        assert_eq!(at("other"), None);
     }
 }

@@ -1,17 +1,30 @@
 //! Loads the kernel modules that the host packed into the initramfs, in the order that the host gives: `/modules/order`
-//! has one file name per line, dependencies first.
+//! has one file name per line, dependencies first; `/modules/vsock` has those that a machine with a virtio socket device
+//! needs besides, for each module costs time that other machines need not spend.
+
+use std::path::Path;
 
 use nix::errno::Errno;
 use nix::kmod::{ModuleInitFlags, finit_module};
 
 use super::{BootError, Tried};
+use crate::machine;
 
 const DIRECTORY: &str = "/modules";
 
 /// Loads all modules; one that is there already (or built in) is fine.
 pub(super) fn load() -> Result<(), BootError> {
-    let order =
-        fs_err::read_to_string(format!("{DIRECTORY}/order")).tried(|| "read the order of modules".into())?;
+    load_all("order")?;
+    // Devices show once virtio's transport is loaded. An image without that list may have all of it built in.
+    if machine::has_virtio(machine::VSOCK) && Path::new(DIRECTORY).join("vsock").exists() {
+        load_all("vsock")?;
+    }
+    Ok(())
+}
+
+fn load_all(list: &str) -> Result<(), BootError> {
+    let order = fs_err::read_to_string(format!("{DIRECTORY}/{list}"))
+        .tried(|| format!("read the list of modules `{list}`"))?;
     for name in names(&order) {
         let file =
             fs_err::File::open(format!("{DIRECTORY}/{name}")).tried(|| format!("open module `{name}`"))?;

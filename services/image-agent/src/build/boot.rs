@@ -4,7 +4,8 @@ use super::{Build, Stage};
 use crate::{
     cpio,
     fault::{self, blocking},
-    kernel, modules,
+    kernel,
+    modules::{self, Modules},
     tools::Tool,
 };
 use bothy_contract::{Code, Error, error::chain};
@@ -68,18 +69,21 @@ fn take(unpacked: &Path, out: &Path) -> Result<String, Error> {
     Ok(release)
 }
 
-/// The modules as `/modules/*.ko` with `/modules/order`, one file name per line, to be joined to an initramfs.
-fn archive(order: &[PathBuf]) -> io::Result<Vec<u8>> {
+/// The modules as `/modules/*.ko`, with `/modules/order` and `/modules/vsock`, one file name per line, to be joined to an
+/// initramfs.
+fn archive(modules: &Modules) -> io::Result<Vec<u8>> {
     let mut archive = cpio::Writer::new(Vec::new());
     archive.dir("modules", 0o755)?;
-    let mut names = String::new();
-    for path in order {
-        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-        archive.file(&format!("modules/{name}"), 0o644, &fs_err::read(path)?)?;
-        names.push_str(name);
-        names.push('\n');
+    for (list, paths) in [("order", &modules.always), ("vsock", &modules.vsock)] {
+        let mut names = String::new();
+        for path in paths {
+            let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+            archive.file(&format!("modules/{name}"), 0o644, &fs_err::read(path)?)?;
+            names.push_str(name);
+            names.push('\n');
+        }
+        archive.file(&format!("modules/{list}"), 0o644, names.as_bytes())?;
     }
-    archive.file("modules/order", 0o644, names.as_bytes())?;
     archive.finish()
 }
 
