@@ -26,9 +26,7 @@ pub struct Devices {
 impl Devices {
     /// Makes the bridge, or adopts ours.
     pub async fn bridge(&self) -> Result<u32, Error> {
-        let index = self.links.ensure_bridge(&self.plan).await?;
-        forwarding::prepare_bridge(&self.plan.bridge)?;
-        Ok(index)
+        self.links.ensure_bridge(&self.plan).await
     }
 
     /// All TAPs that are ours by name, with their numbers.
@@ -61,6 +59,7 @@ impl Devices {
         .await?;
         let attached = async {
             let bridge = self.bridge_index().await?;
+            self.links.fix_neighbours(&self.plan, &slot, bridge).await?;
             self.links.attach(&self.tap(&slot).await?, bridge).await
         };
         match attached.await {
@@ -80,6 +79,7 @@ impl Devices {
         match found {
             Some(link) if link.belongs_to(&slot) => {
                 self.firewall.add_slots([number]).await?;
+                self.links.fix_neighbours(&self.plan, &slot, bridge).await?;
                 if link.is_port_of(bridge) { Ok(()) } else { self.links.attach(link, bridge).await }
             }
             // A TAP of that name but another user's: no VMM of ours can have opened it.
@@ -98,6 +98,9 @@ impl Devices {
         let slot = self.slot(number)?;
         if let Some(link) = self.links.find(&slot.tap).await? {
             self.links.delete(&link).await?;
+        }
+        if let Some(bridge) = self.links.find(&self.plan.bridge).await? {
+            self.links.forget_neighbours(&self.plan, &slot, bridge.index).await?;
         }
         self.firewall.remove_slot(number).await
     }

@@ -1,17 +1,30 @@
-//! Keeps the kernel's rules equal to a [`State`]: each change is one small transaction; where that fails, because somebody
-//! flushed or edited our tables, one that replaces them whole.
+//! Keeps the kernel's rules equal to what they should be: each change is one small transaction; where that fails, because
+//! somebody flushed or edited our tables, one that replaces them whole.
+//!
+//! Under `allow`, memory knows which name an address was handed out for, so that a policy that changes keeps what it still
+//! covers; the kernel knows until when. A new agent takes over the addresses that it finds in the kernel, without their
+//! names: those end with the next change of the policy.
+
+pub mod listing;
 
 use crate::{
     nft::Nft,
     plan::Plan,
-    ruleset::{self, Change, State, Transaction},
+    ruleset::{self, Change, Gate, MAX_ADDRESSES, State},
 };
-use bothy_contract::{Code, Error};
+use bothy_contract::{Code, Error, net::Egress};
+use listing::DeniedPackets;
 use std::{
-    collections::BTreeSet,
-    net::Ipv4Addr,
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
+use tokio::time::Instant;
+
+/// Shortest and longest time that an address can be connected to after its name was resolved. Shorter than the shortest
+/// is of no use to a client that resolves first and connects then; a resolver of ours hands out no longer TTL.
+pub const GRANT_TIMES: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(3600));
 
 /// The rules in the kernel and what they should be.
 #[derive(Debug)]
@@ -19,111 +32,310 @@ pub struct Firewall {
     plan: Arc<Plan>,
     nft: Arc<Mutex<Nft>>,
     /// Held across a transaction, so that state and kernel change in the same order.
-    state: tokio::sync::Mutex<State>,
+    wanted: tokio::sync::Mutex<Wanted>,
+}
+
+/// An address that a slot under `allow` may reach.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Grant {
+    /// Until when it may be connected to; none for open connections only.
+    until: Option<Instant>,
+    /// What it was asked for as.
+    names: BTreeSet<String>,
+}
+
+/// What a slot may reach, as it is kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Policy {
+    Open,
+    Allow(Arc<BTreeMap<IpAddr, Grant>>),
+}
+
+impl Policy {
+    fn gate(&self) -> Gate {
+        let now = Instant::now();
+        let left = |g: &Grant| g.until.map_or(0, |u| u.saturating_duration_since(now).as_secs());
+        match self {
+            Self::Open => Gate::Open,
+            Self::Allow(grants) => Gate::Allow(grants.iter().map(|(a, g)| (*a, left(g))).collect()),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Default)]
+struct Wanted {
+    slots: BTreeSet<u32>,
+    policies: BTreeMap<u32, Policy>,
+    uplinks: BTreeSet<String>,
+    uplinks6: BTreeSet<String>,
+    guard6: bool,
+    inside: BTreeSet<String>,
+}
+
+impl Wanted {
+    fn state(&self) -> State {
+        State {
+            slots: self.slots.clone(),
+            gates: self.policies.iter().map(|(n, p)| (*n, p.gate())).collect(),
+            uplinks: self.uplinks.clone(),
+            uplinks6: self.uplinks6.clone(),
+            guard6: self.guard6,
+            inside: self.inside.clone(),
+        }
+    }
 }
 
 impl Firewall {
     /// Loads libnftables. Changes nothing yet.
     pub fn open(plan: Arc<Plan>) -> Result<Self, Error> {
         let nft = Arc::new(Mutex::new(Nft::open()?));
-        Ok(Self { plan, nft, state: tokio::sync::Mutex::default() })
+        Ok(Self { plan, nft, wanted: tokio::sync::Mutex::default() })
     }
 
-    /// Replaces our tables, or makes them.
-    pub async fn replace(&self, wanted: State) -> Result<(), Error> {
-        let mut state = self.state.lock().await;
-        self.apply(ruleset::ruleset(&self.plan, &wanted)).await.map_err(|why| self.failed(&why))?;
-        *state = wanted;
+    /// Replaces our tables, or makes them, for the slots of leases and what they may reach. Addresses that slots under
+    /// `allow` had stay.
+    pub async fn start(
+        &self,
+        held: &BTreeMap<u32, Egress>,
+        (uplinks, uplinks6): (BTreeSet<String>, BTreeSet<String>),
+        guard6: bool,
+    ) -> Result<(), Error> {
+        let mut wanted = self.wanted.lock().await;
+        let mut found = self.list().await.map(|text| listing::addresses(&text)).unwrap_or_default();
+        let now = Instant::now();
+        let policies = held.iter().filter_map(|(slot, egress)| {
+            let grants = found.remove(slot).unwrap_or_default().into_iter().map(|(address, left)| {
+                (address, Grant { until: left.map(|left| now + left), names: BTreeSet::new() })
+            });
+            let policy = match egress {
+                Egress::None => return None,
+                Egress::Open => Policy::Open,
+                Egress::Allow { .. } => Policy::Allow(Arc::new(grants.collect())),
+            };
+            Some((*slot, policy))
+        });
+        let new = Wanted {
+            policies: policies.collect(),
+            slots: held.keys().copied().collect(),
+            uplinks,
+            uplinks6,
+            guard6,
+            inside: BTreeSet::new(),
+        };
+        self.replace(&new).await?;
+        *wanted = new;
         Ok(())
     }
 
     /// These slots may send from now on.
     pub async fn add_slots(&self, slots: impl IntoIterator<Item = u32>) -> Result<(), Error> {
         let slots: BTreeSet<u32> = slots.into_iter().collect();
-        let plan = |state: &mut State| {
-            let new: BTreeSet<u32> = slots.difference(&state.slots).copied().collect();
-            state.slots.extend(&new);
+        let plan = |wanted: &mut Wanted| {
+            let new: BTreeSet<u32> = slots.difference(&wanted.slots).copied().collect();
+            wanted.slots.extend(&new);
             (!new.is_empty()).then_some(Change::AddSlots(new))
         };
         self.change(plan).await
     }
 
-    /// This slot may not send any more.
+    /// This slot may not send any more, and reaches nothing.
     pub async fn remove_slot(&self, slot: u32) -> Result<(), Error> {
-        self.change(|state| state.slots.remove(&slot).then(|| Change::RemoveSlots([slot].into()))).await
+        self.set_egress(slot, &Egress::None).await?;
+        self.change(|wanted| wanted.slots.remove(&slot).then(|| Change::RemoveSlots([slot].into()))).await
     }
 
-    /// Whether the traffic of `address` may leave.
-    pub async fn set_nat(&self, address: Ipv4Addr, enabled: bool) -> Result<(), Error> {
-        self.change(|state| match enabled {
-            true => state.nat.insert(address).then_some(Change::AddNat(address)),
-            false => state.nat.remove(&address).then_some(Change::RemoveNat(address)),
+    /// What a slot may reach, from now on, in one transaction. Between two policies of names, addresses stay whose names
+    /// the new one covers.
+    pub async fn set_egress(&self, slot: u32, egress: &Egress) -> Result<(), Error> {
+        self.change(|wanted| {
+            let old = wanted.policies.get(&slot).cloned();
+            let new = match egress {
+                Egress::None => None,
+                Egress::Open => Some(Policy::Open),
+                Egress::Allow { .. } => {
+                    let mut grants = match &old {
+                        Some(Policy::Allow(grants)) => (**grants).clone(),
+                        _ => BTreeMap::new(),
+                    };
+                    for grant in grants.values_mut() {
+                        grant.names.retain(|name| egress.covers(name));
+                    }
+                    grants.retain(|_, grant| !grant.names.is_empty());
+                    Some(Policy::Allow(Arc::new(grants)))
+                }
+            };
+            if old == new {
+                return None;
+            }
+            match &new {
+                Some(policy) => wanted.policies.insert(slot, policy.clone()),
+                None => wanted.policies.remove(&slot),
+            };
+            let gate = |policy: Option<Policy>| policy.map(|p| p.gate());
+            Some(Change::Gate { slot, from: gate(old), to: gate(new) })
         })
         .await
     }
 
-    /// The interfaces on which we turned forwarding on.
+    /// Lets a slot reach the addresses of `name`, each for its time to live. Returns once the kernel knows. A slot that
+    /// is not under `allow` is fine: it reaches everything, or nothing by names.
+    ///
+    /// # Errors
+    /// `resource_exhausted` for a slot that reaches [`MAX_ADDRESSES`] already.
+    pub async fn allow(&self, slot: u32, name: &str, addresses: &[(IpAddr, Duration)]) -> Result<(), Error> {
+        let now = Instant::now();
+        let mut full = false;
+        self.change(|wanted| {
+            let Some(Policy::Allow(grants)) = wanted.policies.get_mut(&slot) else { return None };
+            let grants = Arc::make_mut(grants);
+            let mut new = BTreeMap::new();
+            for (address, ttl) in addresses {
+                let ttl = (*ttl).clamp(GRANT_TIMES.0, GRANT_TIMES.1);
+                if !grants.contains_key(address) && grants.len() >= MAX_ADDRESSES {
+                    grants.retain(|_, g| g.until.is_some_and(|until| until > now));
+                    if grants.len() >= MAX_ADDRESSES {
+                        full = true;
+                        break;
+                    }
+                }
+                let grant = grants.entry(*address).or_default();
+                grant.names.insert(name.to_owned());
+                // One that runs on as long as is asked for, but for a second, needs no transaction.
+                if grant.until.is_none_or(|until| until + Duration::from_secs(1) < now + ttl) {
+                    grant.until = Some(now + ttl);
+                    new.insert(*address, ttl.as_secs());
+                }
+            }
+            (!new.is_empty()).then_some(Change::Allow(slot, new))
+        })
+        .await?;
+        if full {
+            return Err(Error::new(
+                Code::ResourceExhausted,
+                format!("slot {slot} reaches {MAX_ADDRESSES} addresses already, which is the most"),
+            ));
+        }
+        Ok(())
+    }
+
+    /// The names that a slot under `allow` has resolved, and their addresses.
+    pub async fn reached(&self, slot: u32) -> BTreeMap<String, BTreeSet<IpAddr>> {
+        let wanted = self.wanted.lock().await;
+        let mut names: BTreeMap<String, BTreeSet<IpAddr>> = BTreeMap::new();
+        if let Some(Policy::Allow(grants)) = wanted.policies.get(&slot) {
+            for (address, grant) in grants.iter() {
+                for name in &grant.names {
+                    names.entry(name.clone()).or_default().insert(*address);
+                }
+            }
+        }
+        names
+    }
+
+    /// What guests sent and the policy refused, as the kernel counted it.
+    pub async fn denied(&self) -> Result<Vec<DeniedPackets>, Error> {
+        let _alone = self.wanted.lock().await;
+        self.list().await.map(|text| listing::denied(&text)).map_err(|why| self.failed(&why))
+    }
+
+    /// The interfaces on which we turned IPv4 forwarding on.
     pub async fn set_uplinks(&self, uplinks: &BTreeSet<String>) -> Result<(), Error> {
+        self.names(uplinks, |w| &mut w.uplinks, Change::AddUplinks, Change::RemoveUplinks).await
+    }
+
+    /// The interfaces on which we turned IPv6 forwarding on.
+    pub async fn set_uplinks6(&self, uplinks: &BTreeSet<String>) -> Result<(), Error> {
+        self.names(uplinks, |w| &mut w.uplinks6, Change::AddUplinks6, Change::RemoveUplinks6).await
+    }
+
+    /// The interfaces to networks inside the host.
+    pub async fn set_inside(&self, inside: &BTreeSet<String>) -> Result<(), Error> {
+        self.names(inside, |w| &mut w.inside, Change::AddInside, Change::RemoveInside).await
+    }
+
+    /// Whether IPv6 forwarding of the whole host is on by us, and so kept to guests.
+    pub async fn set_guard6(&self, guard6: bool) -> Result<(), Error> {
+        let mut wanted = self.wanted.lock().await;
+        if wanted.guard6 == guard6 {
+            return Ok(());
+        }
+        let new = Wanted { guard6, ..wanted.clone() };
+        // A rule, not an element; it happens once or twice in the life of a host.
+        self.replace(&new).await?;
+        *wanted = new;
+        Ok(())
+    }
+
+    async fn names(
+        &self,
+        wanted: &BTreeSet<String>,
+        of: impl Fn(&mut Wanted) -> &mut BTreeSet<String>,
+        add: impl FnOnce(BTreeSet<String>) -> Change,
+        remove: impl FnOnce(BTreeSet<String>) -> Change,
+    ) -> Result<(), Error> {
+        let wanted: BTreeSet<String> = wanted.iter().filter(|n| ruleset::is_plain(n)).cloned().collect();
         self.change(|state| {
-            let new: BTreeSet<String> = uplinks.difference(&state.uplinks).cloned().collect();
-            state.uplinks.extend(new.iter().cloned());
-            (!new.is_empty()).then_some(Change::AddUplinks(new))
+            let new: BTreeSet<String> = wanted.difference(of(state)).cloned().collect();
+            of(state).extend(new.iter().cloned());
+            (!new.is_empty()).then(|| add(new))
         })
         .await?;
         self.change(|state| {
-            let old: BTreeSet<String> = state.uplinks.difference(uplinks).cloned().collect();
-            state.uplinks.retain(|name| !old.contains(name));
-            (!old.is_empty()).then_some(Change::RemoveUplinks(old))
+            let old: BTreeSet<String> = of(state).difference(&wanted).cloned().collect();
+            of(state).retain(|name| !old.contains(name));
+            (!old.is_empty()).then(|| remove(old))
         })
         .await
     }
 
     /// Puts our tables back where they are not there any more; says whether it had to.
     pub async fn repair(&self) -> Result<bool, Error> {
-        let state = self.state.lock().await;
-        let tables = self.run(r#"{"nftables":[{"list":{"tables":null}}]}"#.to_owned()).await;
-        let tables: serde_json::Value =
-            tables.ok().and_then(|t| serde_json::from_str(&t).ok()).unwrap_or_default();
-        let name = |object: &serde_json::Value| {
-            Some(object.get("table")?.get("name")?.as_str()? == self.plan.bridge)
-        };
-        let all = tables.get("nftables").and_then(serde_json::Value::as_array);
-        if all.is_some_and(|all| all.iter().filter_map(name).filter(|ours| *ours).count() == 2) {
+        let wanted = self.wanted.lock().await;
+        let tables = self.run("list tables".to_owned()).await.unwrap_or_default();
+        if listing::tables_named(&tables, &self.plan.bridge) == 2 {
             return Ok(false);
         }
-        self.apply(ruleset::ruleset(&self.plan, &state)).await.map_err(|why| self.failed(&why))?;
+        self.replace(&wanted).await?;
         Ok(true)
     }
 
     /// Removes our tables.
     pub async fn remove(&self) -> Result<(), Error> {
-        let mut state = self.state.lock().await;
-        self.apply(ruleset::removal(&self.plan)).await.map_err(|why| self.failed(&why))?;
-        *state = State::default();
+        let mut wanted = self.wanted.lock().await;
+        self.run(ruleset::removal(&self.plan)).await.map_err(|why| self.failed(&why))?;
+        *wanted = Wanted::default();
         Ok(())
     }
 
-    async fn change(&self, plan: impl FnOnce(&mut State) -> Option<Change>) -> Result<(), Error> {
-        let mut state = self.state.lock().await;
-        let mut wanted = state.clone();
-        let Some(change) = plan(&mut wanted) else { return Ok(()) };
-        if let Err(why) = self.apply(ruleset::change(&self.plan, &change)).await {
+    async fn change(&self, plan: impl FnOnce(&mut Wanted) -> Option<Change>) -> Result<(), Error> {
+        let mut wanted = self.wanted.lock().await;
+        let mut new = wanted.clone();
+        let Some(change) = plan(&mut new) else {
+            // What memory alone keeps, such as one more name of an address.
+            *wanted = new;
+            return Ok(());
+        };
+        if let Err(why) = self.run(ruleset::change(&self.plan, &change)).await {
             tracing::warn!(table = %self.plan.bridge, %why, "somebody changed our nftables tables; replacing them");
-            self.apply(ruleset::ruleset(&self.plan, &wanted)).await.map_err(|why| self.failed(&why))?;
+            self.replace(&new).await?;
         }
-        *state = wanted;
+        *wanted = new;
         Ok(())
     }
 
-    async fn apply(&self, transaction: Transaction) -> Result<(), String> {
-        let json = serde_json::to_string(&transaction).map_err(|e| e.to_string())?;
-        self.run(json).await.map(drop)
+    async fn replace(&self, wanted: &Wanted) -> Result<(), Error> {
+        let text = ruleset::ruleset(&self.plan, &wanted.state());
+        self.run(text).await.map(drop).map_err(|why| self.failed(&why))
     }
 
-    async fn run(&self, json: String) -> Result<String, String> {
+    async fn list(&self) -> Result<String, String> {
+        self.run(format!("list table inet {}", self.plan.bridge)).await
+    }
+
+    async fn run(&self, commands: String) -> Result<String, String> {
         let nft = Arc::clone(&self.nft);
         // A panic inside leaves a context that works: it is C's state, not ours.
-        let run = move || nft.lock().unwrap_or_else(PoisonError::into_inner).run(&json);
+        let run = move || nft.lock().unwrap_or_else(PoisonError::into_inner).run(&commands);
         tokio::task::spawn_blocking(run).await.map_err(|e| e.to_string())?
     }
 

@@ -1,4 +1,4 @@
-//! IPv4 forwarding, by interface and only as far as NAT needs it.
+//! IPv4 forwarding (for IPv6 see [`crate::forwarding6`]), by interface and only as far as NAT needs it.
 //!
 //! The kernel forwards a packet where forwarding is on for the link that the packet *came in* by: the bridge for what
 //! guests send, the uplinks for the answers. So that the host does not become a router for everybody else on those
@@ -13,9 +13,26 @@ use std::{collections::BTreeSet, io};
 
 const ROOT: &str = "/proc/sys/net";
 
-/// Settings of a link that is ours; all go with the link.
-pub fn prepare_bridge(bridge: &str) -> Result<(), Error> {
-    no_ipv6(bridge)?;
+/// Settings of a link that is ours; all go with the link. With `ipv6` the bridge has the addresses that we give it and no
+/// others, and believes no router.
+pub fn prepare_bridge(bridge: &str, ipv6: bool) -> Result<(), Error> {
+    if ipv6 {
+        for (name, value) in [
+            ("addr_gen_mode", "1"),
+            ("accept_ra", "0"),
+            ("accept_redirects", "0"),
+            ("accept_dad", "0"),
+            ("autoconf", "0"),
+            ("disable_ipv6", "0"),
+        ] {
+            let setting = format!("ipv6/conf/{bridge}/{name}");
+            if read(&setting)?.is_some_and(|now| now != value) {
+                write(&setting, value)?;
+            }
+        }
+    } else {
+        no_ipv6(bridge)?;
+    }
     // Answer ARP only for the bridge's own address, not for the host's others.
     write(&format!("ipv4/conf/{bridge}/arp_ignore"), "1")
 }
@@ -47,19 +64,15 @@ pub async fn enable(plan: &Plan, links: &Links, leases: &Leases, firewall: &Fire
     Ok(())
 }
 
-/// Which links are forwarding on our account. Where the whole host forwards by now, none is: the guard goes, and so do
-/// the notes, as turning forwarding off again would break whoever turned it on.
+/// Which links are forwarding on our account. Where the whole host forwards IPv4 by now, none is: the guard goes, and so
+/// do the notes, as turning forwarding off again would break whoever turned it on.
 pub async fn refresh(leases: &Leases, firewall: &Firewall) -> Result<(), Error> {
-    let mut ours = BTreeSet::new();
-    let all = read("ipv4/ip_forward")?.is_some_and(|value| value == "1");
-    for link in leases.forwarding().await? {
-        if all {
+    if read("ipv4/ip_forward")?.is_some_and(|value| value == "1") {
+        for link in leases.forwarding().await? {
             leases.note_forwarding(&link, false).await?;
-        } else {
-            ours.insert(link);
         }
     }
-    firewall.set_uplinks(&ours).await
+    firewall.set_uplinks(&leases.forwarding().await?.into_iter().collect()).await
 }
 
 /// Turns off what we turned on.
@@ -87,7 +100,12 @@ fn is_on(link: &str) -> Result<Option<bool>, Error> {
 
 // These files are answered by the kernel at once, for the namespace of the calling thread; no disk is waited for.
 
-fn read(setting: &str) -> Result<Option<String>, Error> {
+/// Whether this host has IPv6.
+pub fn has_ipv6() -> Result<bool, Error> {
+    Ok(read("ipv6/conf/all/disable_ipv6")?.is_some_and(|value| value == "0"))
+}
+
+pub(crate) fn read(setting: &str) -> Result<Option<String>, Error> {
     match fs_err::read_to_string(format!("{ROOT}/{setting}")) {
         Ok(text) => Ok(Some(text.trim().to_owned())),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -95,7 +113,7 @@ fn read(setting: &str) -> Result<Option<String>, Error> {
     }
 }
 
-fn write(setting: &str, value: &str) -> Result<(), Error> {
+pub(crate) fn write(setting: &str, value: &str) -> Result<(), Error> {
     fs_err::write(format!("{ROOT}/{setting}"), value)
         .map_err(|e| Error::internal(format!("cannot set a network setting to {value}"), &e))
 }

@@ -1,12 +1,19 @@
 //! The lease table and what else must outlive the agent, in its SQLite file.
 
 use crate::plan::{Plan, Slot};
-use bothy_contract::{Code, Error, VmId};
-use bothy_db::{Db, rusqlite::params};
+use bothy_contract::{
+    Code, Error, VmId, VmName,
+    net::{Egress, Publish},
+};
+use bothy_db::{
+    Db,
+    rusqlite::{Connection, OptionalExtension, params},
+};
 use std::{collections::BTreeMap, path::Path};
 
 /// Address and uid follow from the slot; they are kept to notice a configuration that was changed under the leases.
-const MIGRATIONS: &[&str] = &["
+const MIGRATIONS: &[&str] = &[
+    "
     CREATE TABLE lease (
         slot INTEGER PRIMARY KEY,
         vm TEXT NOT NULL UNIQUE,
@@ -16,15 +23,41 @@ const MIGRATIONS: &[&str] = &["
     ) STRICT;
     -- Links on which we turned forwarding on, to turn it off again.
     CREATE TABLE forwarding (link TEXT PRIMARY KEY) STRICT;
-"];
+",
+    r#"
+    ALTER TABLE lease ADD COLUMN egress TEXT NOT NULL DEFAULT '{"policy":"none"}';
+    UPDATE lease SET egress = '{"policy":"open"}' WHERE nat;
+    ALTER TABLE lease ADD COLUMN publish TEXT NOT NULL DEFAULT '[]';
+    ALTER TABLE lease ADD COLUMN name TEXT;
+    -- What was chosen once for this host and stays.
+    CREATE TABLE fact (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+    -- Settings below /proc/sys/net other than IPv4 forwarding that we changed, and what they were.
+    CREATE TABLE setting (path TEXT PRIMARY KEY, was TEXT NOT NULL, ours TEXT NOT NULL) STRICT;
+"#,
+];
 
 /// A lease as it is stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Held {
     /// The slot.
     pub slot: u32,
-    /// Whether NAT is on.
-    pub nat: bool,
+    /// What the VM may reach.
+    pub egress: Egress,
+    /// Its published ports.
+    pub publish: Vec<Publish>,
+    /// The name it is known by.
+    pub name: Option<VmName>,
+}
+
+/// A setting of the kernel that we changed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Setting {
+    /// Its file, below `/proc/sys/net`.
+    pub path: String,
+    /// What it was.
+    pub was: String,
+    /// What we made it.
+    pub ours: String,
 }
 
 /// The tables.
@@ -46,23 +79,24 @@ impl Leases {
         let rows = self
             .0
             .read(|conn| {
-                let mut query = conn.prepare("SELECT vm, slot, nat, address, uid FROM lease")?;
+                let mut query =
+                    conn.prepare("SELECT vm, slot, address, uid, egress, publish, name FROM lease")?;
                 let rows = query.query_map([], |row| {
-                    Ok((
-                        row.get::<_, String>(0)?,
-                        row.get::<_, u32>(1)?,
-                        row.get::<_, bool>(2)?,
-                        row.get::<_, String>(3)?,
-                        row.get::<_, u32>(4)?,
-                    ))
+                    let kept: (String, String, Option<String>) = (row.get(4)?, row.get(5)?, row.get(6)?);
+                    let place: (String, u32, String, u32) =
+                        (row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?);
+                    Ok((place, kept))
                 })?;
                 Ok(rows.collect::<Result<Vec<_>, _>>()?)
             })
             .await?;
         let mut leases = BTreeMap::new();
-        for (vm, slot, nat, address, uid) in rows {
-            let vm: VmId =
-                vm.parse().map_err(|e| Error::internal(format!("lease of slot {slot}: `{vm}`"), &e))?;
+        for ((vm, slot, address, uid), (egress, publish, name)) in rows {
+            let bad = || format!("lease of slot {slot}, VM `{vm}`");
+            let id: VmId = vm.parse().map_err(|e| Error::internal(bad(), &e))?;
+            let egress = serde_json::from_str(&egress).map_err(|e| Error::internal(bad(), &e))?;
+            let publish = serde_json::from_str(&publish).map_err(|e| Error::internal(bad(), &e))?;
+            let name = name.map(|n| n.parse()).transpose().map_err(|e| Error::internal(bad(), &e))?;
             if plan.slot(slot).is_none_or(|s| s.address.to_string() != address || s.uid != uid) {
                 return Err(Error::new(
                     Code::FailedPrecondition,
@@ -75,17 +109,17 @@ impl Leases {
                 )
                 .hint("put net.subnet, net.prefix and vm.uid_base back, delete the VMs, then change them"));
             }
-            leases.insert(vm, Held { slot, nat });
+            leases.insert(id, Held { slot, egress, publish, name });
         }
         Ok(leases)
     }
 
     /// Writes a lease down.
-    pub async fn insert(&self, vm: VmId, slot: &Slot, nat: bool) -> Result<(), Error> {
+    pub async fn insert(&self, vm: VmId, slot: &Slot) -> Result<(), Error> {
         let (number, address, uid) = (slot.number, slot.address.to_string(), slot.uid);
-        let insert = move |conn: &bothy_db::rusqlite::Connection| {
-            conn.prepare_cached("INSERT INTO lease (slot, vm, nat, address, uid) VALUES (?, ?, ?, ?, ?)")?
-                .execute(params![number, vm.to_string(), nat, address, uid])?;
+        let insert = move |conn: &Connection| {
+            conn.prepare_cached("INSERT INTO lease (slot, vm, nat, address, uid) VALUES (?, ?, 0, ?, ?)")?
+                .execute(params![number, vm.to_string(), address, uid])?;
             Ok(())
         };
         Ok(self.0.read(insert).await?)
@@ -93,26 +127,101 @@ impl Leases {
 
     /// Strikes a lease out.
     pub async fn delete(&self, vm: VmId) -> Result<(), Error> {
-        let delete = move |conn: &bothy_db::rusqlite::Connection| {
+        let delete = move |conn: &Connection| {
             conn.prepare_cached("DELETE FROM lease WHERE vm = ?")?.execute([vm.to_string()])?;
             Ok(())
         };
         Ok(self.0.read(delete).await?)
     }
 
-    /// Changes a lease's NAT.
-    pub async fn set_nat(&self, vm: VmId, nat: bool) -> Result<(), Error> {
-        let update = move |conn: &bothy_db::rusqlite::Connection| {
-            conn.prepare_cached("UPDATE lease SET nat = ? WHERE vm = ?")?
-                .execute(params![nat, vm.to_string()])?;
+    /// Changes what a lease's VM may reach. `nat` stays right for an agent that knows no more.
+    pub async fn set_egress(&self, vm: VmId, egress: &Egress) -> Result<(), Error> {
+        let text = json(egress)?;
+        let nat = *egress == Egress::Open;
+        let update =
+            move |conn: &Connection| {
+                conn.prepare_cached("UPDATE lease SET egress = ?, nat = ? WHERE vm = ?")?
+                    .execute(params![text, nat, vm.to_string()])?;
+                Ok(())
+            };
+        Ok(self.0.read(update).await?)
+    }
+
+    /// Changes a lease's published ports.
+    pub async fn set_publish(&self, vm: VmId, publish: &[Publish]) -> Result<(), Error> {
+        let text = json(&publish)?;
+        let update = move |conn: &Connection| {
+            conn.prepare_cached("UPDATE lease SET publish = ? WHERE vm = ?")?
+                .execute(params![text, vm.to_string()])?;
             Ok(())
         };
         Ok(self.0.read(update).await?)
     }
 
+    /// Changes the name that a lease's VM is known by.
+    pub async fn set_name(&self, vm: VmId, name: Option<VmName>) -> Result<(), Error> {
+        let update = move |conn: &Connection| {
+            conn.prepare_cached("UPDATE lease SET name = ? WHERE vm = ?")?
+                .execute(params![name.map(|n| n.to_string()), vm.to_string()])?;
+            Ok(())
+        };
+        Ok(self.0.read(update).await?)
+    }
+
+    /// Something that was chosen once for this host.
+    pub async fn fact(&self, key: &'static str) -> Result<Option<String>, Error> {
+        let query = move |conn: &Connection| {
+            let mut query = conn.prepare_cached("SELECT value FROM fact WHERE key = ?")?;
+            Ok(query.query_row([key], |row| row.get(0)).optional()?)
+        };
+        Ok(self.0.read(query).await?)
+    }
+
+    /// Keeps what was chosen.
+    pub async fn keep_fact(&self, key: &'static str, value: String) -> Result<(), Error> {
+        let insert = move |conn: &Connection| {
+            conn.execute("INSERT OR REPLACE INTO fact (key, value) VALUES (?, ?)", params![key, value])?;
+            Ok(())
+        };
+        Ok(self.0.read(insert).await?)
+    }
+
+    /// The settings that we changed.
+    pub async fn settings(&self) -> Result<Vec<Setting>, Error> {
+        let query = |conn: &Connection| {
+            let mut query = conn.prepare_cached("SELECT path, was, ours FROM setting ORDER BY path")?;
+            let rows = query.query_map([], |row| {
+                Ok(Setting { path: row.get(0)?, was: row.get(1)?, ours: row.get(2)? })
+            })?;
+            Ok(rows.collect::<Result<Vec<_>, _>>()?)
+        };
+        Ok(self.0.read(query).await?)
+    }
+
+    /// Notes a setting before it is changed.
+    pub async fn note_setting(&self, setting: Setting) -> Result<(), Error> {
+        let insert = move |conn: &Connection| {
+            conn.execute(
+                "INSERT OR IGNORE INTO setting (path, was, ours) VALUES (?, ?, ?)",
+                params![setting.path, setting.was, setting.ours],
+            )?;
+            Ok(())
+        };
+        Ok(self.0.read(insert).await?)
+    }
+
+    /// Forgets one that is put back.
+    pub async fn forget_setting(&self, path: String) -> Result<(), Error> {
+        let delete = move |conn: &Connection| {
+            conn.execute("DELETE FROM setting WHERE path = ?", [path])?;
+            Ok(())
+        };
+        Ok(self.0.read(delete).await?)
+    }
+
     /// The links on which we turned forwarding on.
     pub async fn forwarding(&self) -> Result<Vec<String>, Error> {
-        let query = |conn: &bothy_db::rusqlite::Connection| {
+        let query = |conn: &Connection| {
             let mut query = conn.prepare_cached("SELECT link FROM forwarding ORDER BY link")?;
             Ok(query.query_map([], |row| row.get(0))?.collect::<Result<Vec<_>, _>>()?)
         };
@@ -122,7 +231,7 @@ impl Leases {
     /// Notes that forwarding of `link` is about to be turned on by us, or is not ours any more.
     pub async fn note_forwarding(&self, link: &str, ours: bool) -> Result<(), Error> {
         let link = link.to_owned();
-        let note = move |conn: &bothy_db::rusqlite::Connection| {
+        let note = move |conn: &Connection| {
             let sql = match ours {
                 true => "INSERT OR IGNORE INTO forwarding (link) VALUES (?)",
                 false => "DELETE FROM forwarding WHERE link = ?",
@@ -132,4 +241,8 @@ impl Leases {
         };
         Ok(self.0.read(note).await?)
     }
+}
+
+fn json(value: &impl serde::Serialize) -> Result<String, Error> {
+    serde_json::to_string(value).map_err(|e| Error::internal("cannot write a lease down", &e))
 }

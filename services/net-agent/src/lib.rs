@@ -8,11 +8,13 @@
 pub mod devices;
 pub mod firewall;
 pub mod forwarding;
+pub mod forwarding6;
 pub mod leases;
 pub mod link;
 pub mod network;
 pub mod nft;
 pub mod plan;
+pub mod publish;
 pub mod resolv;
 pub mod ruleset;
 pub mod service;

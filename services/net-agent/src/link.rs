@@ -6,16 +6,18 @@ use futures::TryStreamExt;
 use nix::errno::Errno;
 use rtnetlink::packet_core::Nla;
 use rtnetlink::packet_route::{
+    AddressFamily,
     link::{
         BridgeStpState, InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoTun, LinkAttribute, LinkFlags,
         LinkInfo, LinkMessage,
     },
+    neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
     route::{RouteAddress, RouteAttribute, RouteMessage, RouteType},
 };
 use rtnetlink::{Handle, LinkBridge, LinkBridgePort, LinkUnspec, RouteMessageBuilder};
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::Arc,
 };
 
@@ -61,11 +63,11 @@ impl Link {
     }
 }
 
-/// One IPv4 route.
+/// One route.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Route {
     /// Its destination.
-    pub destination: (Ipv4Addr, u8),
+    pub destination: (IpAddr, u8),
     /// The links it leaves by.
     pub links: Vec<u32>,
     /// Whether it leads to other hosts.
@@ -149,13 +151,64 @@ impl Links {
             )
             .hint(format!("remove it with `ip link delete {name}`, or set another net.bridge")));
         }
-        let gateway = IpAddr::V4(plan.gateway());
-        let address = self.handle.address().add(link.index, gateway, plan.prefix).replace();
-        address.execute().await.map_err(|e| failed(format!("set address {gateway} of bridge {name}"), &e))?;
+        // Before it is up, so that the host says nothing in IPv6 there by itself.
+        crate::forwarding::prepare_bridge(name, plan.prefix6.is_some())?;
+        let addresses =
+            [Some((IpAddr::V4(plan.gateway()), plan.prefix)), plan.gateway6().map(|g| (g.into(), 64))];
+        for (gateway, prefix) in addresses.into_iter().flatten() {
+            let address = self.handle.address().add(link.index, gateway, prefix).replace();
+            let done = address.execute().await;
+            done.map_err(|e| failed(format!("set address {gateway} of bridge {name}"), &e))?;
+        }
         if !link.up {
             self.set(LinkUnspec::new_with_index(link.index).up().build(), name).await?;
         }
         Ok(link.index)
+    }
+
+    /// Gives the bridge fixed neighbour entries for a slot. So the host never asks a guest who it is, and nothing that a
+    /// guest says in ARP or neighbour discovery changes where the host sends packets.
+    pub async fn fix_neighbours(&self, plan: &Plan, slot: &Slot, bridge: u32) -> Result<(), Error> {
+        for address in neighbours_of(plan, slot) {
+            let add = self.handle.neighbours().add(bridge, address).link_layer_address(&slot.mac.0);
+            let done = add.state(NeighbourState::Permanent).replace().execute().await;
+            done.map_err(|e| failed(format!("fix the neighbour entry of {address}"), &e))?;
+        }
+        Ok(())
+    }
+
+    /// Takes them back. What is not there is fine.
+    pub async fn forget_neighbours(&self, plan: &Plan, slot: &Slot, bridge: u32) -> Result<(), Error> {
+        for address in neighbours_of(plan, slot) {
+            let mut message = NeighbourMessage::default();
+            message.header.family =
+                if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+            message.header.ifindex = bridge;
+            message.attributes.push(NeighbourAttribute::Destination(address.into()));
+            match self.handle.neighbours().del(message).execute().await {
+                Err(e) if !matches!(errno(&e), Some(Errno::ENOENT | Errno::ENODEV)) => {
+                    return Err(failed(format!("remove the neighbour entry of {address}"), &e));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The fixed neighbour entries of a link.
+    pub async fn fixed_neighbours(&self, link: u32) -> Result<BTreeMap<IpAddr, Vec<u8>>, Error> {
+        let _alone = self.dump.lock().await;
+        let all: Vec<NeighbourMessage> = self
+            .handle
+            .neighbours()
+            .get()
+            .execute()
+            .try_collect()
+            .await
+            .map_err(|e| failed("list the neighbours", &e))?;
+        let fixed =
+            |m: &&NeighbourMessage| m.header.ifindex == link && m.header.state == NeighbourState::Permanent;
+        Ok(all.iter().filter(fixed).filter_map(read_neighbour).collect())
     }
 
     /// Makes the TAP an isolated port of the bridge, then brings it up: it never forwards a frame unisolated.
@@ -177,8 +230,11 @@ impl Links {
 
     /// All IPv4 routes of all tables.
     pub async fn routes(&self) -> Result<Vec<Route>, Error> {
+        self.routes_by(RouteMessageBuilder::<Ipv4Addr>::new().build()).await
+    }
+
+    async fn routes_by(&self, query: RouteMessage) -> Result<Vec<Route>, Error> {
         let _alone = self.dump.lock().await;
-        let query = RouteMessageBuilder::<Ipv4Addr>::new().build();
         let routes: Vec<RouteMessage> = self
             .handle
             .route()
@@ -190,12 +246,44 @@ impl Links {
         Ok(routes.iter().map(read_route).collect())
     }
 
-    /// The names of the links, but for `bridge` and loopback, by which packets may leave the host.
+    /// The names of the links, but for `bridge` and loopback, by which IPv4 packets may leave the host.
     pub async fn uplinks(&self, bridge: &str) -> Result<BTreeSet<String>, Error> {
-        let out: BTreeSet<u32> =
-            self.routes().await?.into_iter().filter(|r| r.unicast).flat_map(|r| r.links).collect();
+        let out = self.routes().await?.into_iter().filter(|r| r.unicast).flat_map(|r| r.links).collect();
+        self.names(&out, bridge).await
+    }
+
+    /// The same for IPv6; a link that has no more than link-local addresses leads nowhere.
+    pub async fn uplinks6(&self, bridge: &str) -> Result<BTreeSet<String>, Error> {
+        let routes = self.routes_by(RouteMessageBuilder::<Ipv6Addr>::new().build()).await?;
+        let leads = |r: &Route| {
+            let local =
+                matches!(r.destination.0, IpAddr::V6(a) if a.is_unicast_link_local() || a.is_multicast());
+            r.unicast && !local
+        };
+        let out = routes.into_iter().filter(leads).flat_map(|r| r.links).collect();
+        self.names(&out, bridge).await
+    }
+
+    /// The names of the links to networks inside the host: other bridges and the like, such as those of containers, that
+    /// are no way to the world, having no default route.
+    pub async fn inside(&self, bridge: &str) -> Result<BTreeSet<String>, Error> {
+        let routes = self.routes().await?;
+        let by = |default: bool| -> BTreeSet<u32> {
+            let of = |r: &&Route| r.unicast && (r.destination.1 == 0) == default;
+            routes.iter().filter(of).flat_map(|r| r.links.iter().copied()).collect()
+        };
+        let local: BTreeSet<u32> = by(false).difference(&by(true)).copied().collect();
+        let kinds = [InfoKind::Bridge, InfoKind::Dummy, InfoKind::Vxlan];
         let links = self.list().await?;
-        let uplink = |link: &&Link| out.contains(&link.index) && link.name != bridge && link.name != "lo";
+        let inside = |l: &&Link| {
+            local.contains(&l.index) && l.name != bridge && l.kind.as_ref().is_some_and(|k| kinds.contains(k))
+        };
+        Ok(links.values().filter(inside).map(|link| link.name.clone()).collect())
+    }
+
+    async fn names(&self, indices: &BTreeSet<u32>, bridge: &str) -> Result<BTreeSet<String>, Error> {
+        let links = self.list().await?;
+        let uplink = |link: &&Link| indices.contains(&link.index) && link.name != bridge && link.name != "lo";
         Ok(links.values().filter(uplink).map(|link| link.name.clone()).collect())
     }
 
@@ -253,20 +341,48 @@ fn read_info(info: &LinkInfo, link: &mut Link) {
 }
 
 fn read_route(message: &RouteMessage) -> Route {
+    let unspecified: IpAddr = match message.header.address_family {
+        AddressFamily::Inet6 => Ipv6Addr::UNSPECIFIED.into(),
+        _ => Ipv4Addr::UNSPECIFIED.into(),
+    };
     let mut route = Route {
-        destination: (Ipv4Addr::UNSPECIFIED, message.header.destination_prefix_length),
+        destination: (unspecified, message.header.destination_prefix_length),
         links: Vec::new(),
         unicast: message.header.kind == RouteType::Unicast && message.header.table != TABLE_LOCAL,
     };
     for attribute in &message.attributes {
         match attribute {
-            RouteAttribute::Destination(RouteAddress::Inet(address)) => route.destination.0 = *address,
+            RouteAttribute::Destination(RouteAddress::Inet(address)) => {
+                route.destination.0 = (*address).into()
+            }
+            RouteAttribute::Destination(RouteAddress::Inet6(address)) => {
+                route.destination.0 = (*address).into();
+            }
             RouteAttribute::Oif(index) => route.links.push(*index),
             RouteAttribute::MultiPath(hops) => route.links.extend(hops.iter().map(|hop| hop.interface_index)),
             _ => {}
         }
     }
     route
+}
+
+fn read_neighbour(message: &NeighbourMessage) -> Option<(IpAddr, Vec<u8>)> {
+    let mut address = None;
+    let mut mac = None;
+    for attribute in &message.attributes {
+        match attribute {
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(a)) => address = Some(IpAddr::from(*a)),
+            NeighbourAttribute::Destination(NeighbourAddress::Inet6(a)) => address = Some(IpAddr::from(*a)),
+            NeighbourAttribute::LinkLayerAddress(a) => mac = Some(a.clone()),
+            _ => {}
+        }
+    }
+    address.zip(mac)
+}
+
+/// The addresses of a slot by which the host sends to it.
+pub fn neighbours_of(plan: &Plan, slot: &Slot) -> impl Iterator<Item = IpAddr> {
+    std::iter::once(IpAddr::V4(slot.address)).chain(plan.address6(slot.number).map(IpAddr::V6))
 }
 
 /// The kernel's reason, where it gave one.

@@ -9,18 +9,21 @@
 //! **Locks**, in the order they are taken: `gate` (shared by all changes, exclusive for repairs and teardown), one per VM,
 //! then, inside, the firewall's. `slots` and `vms` are held for a few instructions only, never across an await.
 
+mod chosen;
+pub mod egress;
 pub mod upkeep;
 
 use crate::leases::Held;
 use crate::{
-    devices::Devices, firewall::Firewall, forwarding, leases::Leases, link::Links, plan::Plan, resolv,
-    ruleset, slots::Slots,
+    devices::Devices, firewall::Firewall, forwarding, forwarding6, leases::Leases, link::Links, plan::Plan,
+    publish::Publisher, resolv, slots::Slots,
 };
 use bothy_config::Config;
 use bothy_contract::{
-    Code, Error, Service, VmId,
-    net::{Lease, LeaseList, LeaseRow, NetHost},
+    Code, Error, Service, VmId, VmName,
+    net::{AcquireLease, Egress, Lease, LeaseList, LeaseRow, NetHost, Publish},
 };
+use egress::Denials;
 use std::{
     collections::{BTreeMap, BTreeSet},
     future::Future,
@@ -57,6 +60,8 @@ struct Inner {
     /// Held by whoever fills the pool: one refill at a time.
     refilling: AsyncMutex<()>,
     wanted: Notify,
+    publisher: Publisher,
+    denials: Mutex<Denials>,
     /// Whether forwarding has been seen to; the regular check looks at it again, as uplinks come and go.
     forwarding: AtomicBool,
 }
@@ -68,21 +73,21 @@ impl Network {
     /// `invalid_argument` for a configuration that cannot work; `failed_precondition` where the subnet belongs to
     /// somebody on this host, where leases were made for another one, or where libnftables is missing.
     pub async fn start(config: &Config) -> Result<Self, Error> {
-        let plan = Arc::new(Plan::new(config)?);
         let links = Links::open()?;
-        upkeep::check_routes(&plan, &links).await?;
-        let firewall = Arc::new(Firewall::open(Arc::clone(&plan))?);
         let leases = open_leases(config)?;
+        let plan = Arc::new(chosen::plan(config, &leases, &links).await?);
+        let firewall = Arc::new(Firewall::open(Arc::clone(&plan))?);
         let vms = leases.load(&plan).await?;
 
         let devices = Devices { plan: Arc::clone(&plan), links, firewall };
         let held: BTreeSet<u32> = vms.values().map(|h| h.slot).collect();
-        let nat =
-            vms.values().filter(|h| h.nat).filter_map(|h| plan.slot(h.slot)).map(|s| s.address).collect();
         // The rules stand before the first device does. Those of leases at once, so that a new agent under running VMs
         // interrupts nothing: both tables are replaced in one transaction.
+        let policies = vms.values().map(|h| (h.slot, h.egress.clone())).collect();
         let uplinks = leases.forwarding().await?.into_iter().collect();
-        devices.firewall.replace(ruleset::State { slots: held.clone(), nat, uplinks }).await?;
+        let uplinks = (uplinks, forwarding6::uplinks_of(&leases).await?);
+        let guard6 = forwarding6::is_guarded(&leases).await?;
+        devices.firewall.start(&policies, uplinks, guard6).await?;
         forwarding::refresh(&leases, &devices.firewall).await?;
         let bridge = devices.bridge().await?;
         let warm = upkeep::adopt(&devices, &held, bridge).await?;
@@ -94,15 +99,18 @@ impl Network {
             gate: RwLock::new(true),
             refilling: AsyncMutex::default(),
             wanted: Notify::new(),
+            publisher: Publisher::default(),
+            denials: Mutex::default(),
             forwarding: AtomicBool::new(false),
             plan,
             devices,
             leases,
         };
         let network = Self(Arc::new(inner));
-        if network.locked_vms().values().any(|held| held.nat) {
+        if network.0.anybody_goes_out() {
             network.0.enable_forwarding().await?;
         }
+        network.0.restore_ports();
         network.refill().await;
         Ok(network)
     }
@@ -123,12 +131,12 @@ impl Network {
         }
     }
 
-    /// A slot for `vm`; the same one again if it has one. NAT is as asked for either way.
+    /// A slot for a VM; the same one again if it has one. Policy and ports are as asked for either way.
     ///
     /// # Errors
-    /// `resource_exhausted` where every address is taken.
-    pub async fn acquire(&self, vm: VmId, nat: bool) -> Result<Lease, Error> {
-        self.whole(move |net| async move { net.0.acquire(vm, nat).await }).await
+    /// `resource_exhausted` where every address is taken; `already_exists` where a port is.
+    pub async fn acquire(&self, request: AcquireLease) -> Result<Lease, Error> {
+        self.whole(move |net| async move { net.0.acquire(request).await }).await
     }
 
     /// Takes `vm`'s slot back. A VM that has none is fine.
@@ -136,17 +144,29 @@ impl Network {
         self.whole(move |net| async move { net.0.release(vm).await }).await
     }
 
-    /// Whether `vm`'s traffic may leave through the host, from now on.
-    pub async fn set_nat(&self, vm: VmId, enabled: bool) -> Result<(), Error> {
-        self.whole(move |net| async move { net.0.set_nat(vm, enabled).await }).await
+    /// What `vm` may reach, from now on.
+    pub async fn set_egress(&self, vm: VmId, egress: Egress) -> Result<(), Error> {
+        let egress = egress::checked(egress)?;
+        self.whole(move |net| async move { net.0.set_egress(vm, egress).await }).await
+    }
+
+    /// Publishes `ports` of `vm` in place of those before.
+    pub async fn publish(&self, vm: VmId, ports: Vec<Publish>) -> Result<(), Error> {
+        self.whole(move |net| async move { net.0.set_publish(vm, ports).await }).await
+    }
+
+    /// The name that `vm` is known by; none for none.
+    pub async fn set_name(&self, vm: VmId, name: Option<VmName>) -> Result<(), Error> {
+        self.whole(move |net| async move { net.0.set_name(vm, name).await }).await
     }
 
     /// All leases, by slot.
     pub fn list(&self) -> LeaseList {
         let vms = self.locked_vms().clone();
         let row = |(vm, held): (VmId, Held)| {
-            let lease = self.0.lease(held).ok()?;
-            Some(LeaseRow { vm, lease, nat: held.nat })
+            let lease = self.0.lease(&held).ok()?;
+            let Held { egress, publish, name, .. } = held;
+            Some(LeaseRow { vm, lease, nat: egress == Egress::Open, egress, publish, name })
         };
         let mut leases: Vec<LeaseRow> = vms.into_iter().filter_map(row).collect();
         leases.sort_by_key(|row| row.lease.slot);
@@ -162,6 +182,7 @@ impl Network {
             warm: slots.warm(),
             leased: slots.held(),
             capacity: plan.capacity(),
+            subnet6: plan.cidr6(),
         }
     }
 
@@ -203,33 +224,46 @@ impl Network {
 }
 
 impl Inner {
-    async fn acquire(&self, vm: VmId, nat: bool) -> Result<Lease, Error> {
+    async fn acquire(&self, request: AcquireLease) -> Result<Lease, Error> {
         let up = self.gate.read().await;
         ensure_up(*up)?;
+        let vm = request.vm;
         let _one = self.vm_lock(vm).lock().await;
-        let known = self.vms().get(&vm).copied();
-        if let Some(held) = known {
-            self.apply_nat(vm, held, nat).await?;
-            return self.lease(Held { nat, ..held });
+        let known = self.vms().get(&vm).cloned();
+        let egress = egress::wanted(&request, known.as_ref().map(|held| &held.egress))?;
+        if let Some(mut held) = known {
+            if let Some(ports) = request.publish {
+                self.apply_publish(vm, &held, &ports).await?;
+            }
+            self.apply_egress(vm, &held, &egress).await?;
+            held.egress = egress;
+            return self.lease(&held);
         }
         let number = match self.take_warm() {
             Some(number) => number,
             None => self.make_for_vm().await?,
         };
         self.wanted.notify_one();
-        let held = Held { slot: number, nat: false };
+        let mut held = Held { slot: number, egress: Egress::None, publish: Vec::new(), name: None };
         let given = async {
             let slot = self
                 .plan
                 .slot(number)
                 .ok_or_else(|| Error::new(Code::Internal, "a slot beyond the subnet"))?;
-            self.leases.insert(vm, &slot, false).await?;
-            self.vms().insert(vm, held);
-            if nat { self.apply_nat(vm, held, true).await } else { Ok(()) }
+            self.leases.insert(vm, &slot).await?;
+            self.vms().insert(vm, held.clone());
+            if let Some(ports) = request.publish {
+                self.apply_publish(vm, &held, &ports).await?;
+            }
+            self.apply_egress(vm, &held, &egress).await
         };
         if let Err(e) = given.await {
-            let undone = self.leases.delete(vm).await;
-            if let Err(undo) = undone {
+            self.publisher.clear(number);
+            let undone = async {
+                self.devices.firewall.set_egress(number, &Egress::None).await?;
+                self.leases.delete(vm).await
+            };
+            if let Err(undo) = undone.await {
                 // The row may be there: the slot stays the VM's, so that nobody else gets it, until it is released.
                 return Err(Error { message: format!("{}; and then: {}", e.message, undo.message), ..e });
             }
@@ -237,7 +271,8 @@ impl Inner {
             self.slots().put_back(number);
             return Err(e.context(format!("no lease for VM {vm}")));
         }
-        self.lease(Held { slot: number, nat })
+        held.egress = egress;
+        self.lease(&held)
     }
 
     fn take_warm(&self) -> Option<u32> {
@@ -272,57 +307,91 @@ impl Inner {
         let up = self.gate.read().await;
         ensure_up(*up)?;
         let _one = self.vm_lock(vm).lock().await;
-        let known = self.vms().get(&vm).copied();
+        let known = self.vms().get(&vm).cloned();
         let Some(held) = known else { return Ok(()) };
-        self.apply_nat(vm, held, false).await?;
+        self.publisher.clear(held.slot);
+        self.apply_egress(vm, &held, &Egress::None).await?;
         self.devices.remove(held.slot).await?;
         self.leases.delete(vm).await?;
         self.vms().remove(&vm);
+        self.denials().forget(held.slot);
         self.slots().unmake(held.slot);
         self.wanted.notify_one();
         Ok(())
     }
 
-    async fn set_nat(&self, vm: VmId, enabled: bool) -> Result<(), Error> {
+    async fn set_publish(&self, vm: VmId, ports: Vec<Publish>) -> Result<(), Error> {
         let up = self.gate.read().await;
         ensure_up(*up)?;
         let _one = self.vm_lock(vm).lock().await;
-        let known = self.vms().get(&vm).copied();
-        let held = known.ok_or_else(|| Error::not_found(format!("VM {vm} has no lease")))?;
-        self.apply_nat(vm, held, enabled).await
+        let held = self.held(vm)?;
+        self.apply_publish(vm, &held, &ports).await
     }
 
-    /// Changes NAT of a lease in the kernel and in the table. The firewall knows by itself what is no change.
-    async fn apply_nat(&self, vm: VmId, held: Held, enabled: bool) -> Result<(), Error> {
-        let address = self.lease(held)?.address;
-        if enabled && !self.forwarding.load(Ordering::Acquire) {
-            self.enable_forwarding().await?;
-        }
-        self.devices.firewall.set_nat(address, enabled).await?;
-        if held.nat == enabled {
-            return Ok(());
-        }
-        if let Err(e) = self.leases.set_nat(vm, enabled).await {
-            // Back to what the table says.
-            return Err(match self.devices.firewall.set_nat(address, held.nat).await {
-                Ok(()) => e,
-                Err(undo) => Error { message: format!("{}; and then: {}", e.message, undo.message), ..e },
-            });
-        }
-        self.vms().insert(vm, Held { nat: enabled, ..held });
+    async fn set_name(&self, vm: VmId, name: Option<VmName>) -> Result<(), Error> {
+        let up = self.gate.read().await;
+        ensure_up(*up)?;
+        let _one = self.vm_lock(vm).lock().await;
+        let held = match (self.held(vm), &name) {
+            (Ok(held), _) => held,
+            (Err(_), None) => return Ok(()),
+            (Err(e), Some(_)) => return Err(e),
+        };
+        self.leases.set_name(vm, name.clone()).await?;
+        self.vms().insert(vm, Held { name, ..held });
         Ok(())
     }
 
+    /// Opens the sockets, then writes them down: a crash between the two leaves what was published before.
+    async fn apply_publish(&self, vm: VmId, held: &Held, ports: &[Publish]) -> Result<(), Error> {
+        let guest = self.lease(held)?.address.into();
+        self.publisher.set(held.slot, guest, ports)?;
+        if held.publish == ports {
+            return Ok(());
+        }
+        if let Err(e) = self.leases.set_publish(vm, ports).await {
+            self.publisher.restore(held.slot, guest, &held.publish);
+            return Err(e);
+        }
+        let now = self.held(vm)?;
+        self.vms().insert(vm, Held { publish: ports.to_vec(), ..now });
+        Ok(())
+    }
+
+    /// Listens again for what is published and is not listened for, which is so at start only, or where others held a
+    /// port then.
+    fn restore_ports(&self) {
+        let vms = self.vms().clone();
+        for (vm, held) in vms.iter().filter(|(_, held)| !held.publish.is_empty()) {
+            let Ok(lease) = self.lease(held) else { continue };
+            for error in self.publisher.restore(held.slot, lease.address.into(), &held.publish) {
+                tracing::warn!(%vm, %error, "a published port is not there");
+            }
+        }
+    }
+
+    fn held(&self, vm: VmId) -> Result<Held, Error> {
+        let known = self.vms().get(&vm).cloned();
+        known.ok_or_else(|| Error::not_found(format!("VM {vm} has no lease")))
+    }
+
+    fn anybody_goes_out(&self) -> bool {
+        self.vms().values().any(|held| held.egress != Egress::None)
+    }
+
     async fn enable_forwarding(&self) -> Result<(), Error> {
-        forwarding::enable(&self.plan, &self.devices.links, &self.leases, &self.devices.firewall).await?;
+        let (links, firewall) = (&self.devices.links, &self.devices.firewall);
+        firewall.set_inside(&links.inside(&self.plan.bridge).await?).await?;
+        forwarding::enable(&self.plan, links, &self.leases, firewall).await?;
+        forwarding6::enable(&self.plan, links, &self.leases, firewall).await?;
         self.forwarding.store(true, Ordering::Release);
         Ok(())
     }
 
-    fn lease(&self, held: Held) -> Result<Lease, Error> {
+    fn lease(&self, held: &Held) -> Result<Lease, Error> {
         let none = || Error::new(Code::Internal, format!("slot {} is beyond the subnet", held.slot));
         let slot = self.plan.slot(held.slot).ok_or_else(none)?;
-        let dns = if held.nat { resolv::name_servers() } else { Vec::new() };
+        let dns = if held.egress == Egress::Open { resolv::name_servers() } else { Vec::new() };
         Ok(self.plan.lease(&slot, dns))
     }
 
@@ -338,6 +407,10 @@ impl Inner {
 
     fn slots(&self) -> MutexGuard<'_, Slots> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn denials(&self) -> MutexGuard<'_, Denials> {
+        self.denials.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn vms(&self) -> MutexGuard<'_, BTreeMap<VmId, Held>> {

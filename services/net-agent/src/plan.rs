@@ -3,7 +3,10 @@
 
 use bothy_config::Config;
 use bothy_contract::{Error, net::Lease};
-use std::{fmt, net::Ipv4Addr};
+use std::{
+    fmt,
+    net::{Ipv4Addr, Ipv6Addr},
+};
 
 /// An Ethernet address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -13,6 +16,14 @@ impl fmt::Display for Mac {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [a, b, c, d, e, g] = self.0;
         write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl Mac {
+    /// The link-local address that goes with it (RFC 4291, appendix A).
+    pub fn link_local(self) -> Ipv6Addr {
+        let [a, b, c, d, e, g] = self.0;
+        Ipv6Addr::from([0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, g])
     }
 }
 
@@ -42,6 +53,8 @@ pub struct Plan {
     pub subnet: Ipv4Addr,
     /// The prefix length.
     pub prefix: u8,
+    /// The IPv6 network, a unique-local /64 (RFC 4193); none where the host has no IPv6.
+    pub prefix6: Option<Ipv6Addr>,
     /// The user of slot 0, which no VM has.
     pub uid_base: u32,
     /// How many free slots are kept warm.
@@ -90,6 +103,7 @@ impl Plan {
             tap_prefix: net.tap_prefix.clone(),
             subnet: net.subnet,
             prefix: net.prefix,
+            prefix6: None,
             uid_base: config.vm.uid_base,
             pool_size: net.tap_pool_size,
         };
@@ -104,6 +118,18 @@ impl Plan {
         Ok(plan)
     }
 
+    /// The same plan with that IPv6 network.
+    #[must_use]
+    pub fn with_prefix6(self, prefix6: Option<Ipv6Addr>) -> Self {
+        Self { prefix6, ..self }
+    }
+
+    /// The same plan in another subnet of the same size.
+    #[must_use]
+    pub fn with_subnet(self, subnet: Ipv4Addr) -> Self {
+        Self { subnet, ..self }
+    }
+
     /// How many slots there are: all addresses but the network's, the gateway's and the broadcast address.
     pub fn capacity(&self) -> u32 {
         (1_u32 << (32 - u32::from(self.prefix).clamp(16, 29))) - 3
@@ -112,6 +138,32 @@ impl Plan {
     /// The bridge's address.
     pub fn gateway(&self) -> Ipv4Addr {
         Ipv4Addr::from(u32::from(self.subnet) + 1)
+    }
+
+    /// The bridge's IPv6 address.
+    pub fn gateway6(&self) -> Option<Ipv6Addr> {
+        self.prefix6.map(|p| Ipv6Addr::from(u128::from(p) + 1))
+    }
+
+    /// The IPv6 address of a slot; its last part is that of the IPv4 address within the subnet.
+    pub fn address6(&self, number: u32) -> Option<Ipv6Addr> {
+        self.prefix6.map(|p| Ipv6Addr::from(u128::from(p) + 1 + u128::from(number)))
+    }
+
+    /// The slot with that address, IPv4 or IPv6.
+    pub fn slot_of(&self, address: std::net::IpAddr) -> Option<u32> {
+        let offset = match address {
+            std::net::IpAddr::V4(a) => u32::from(a).checked_sub(u32::from(self.subnet)),
+            std::net::IpAddr::V6(a) => {
+                u128::from(a).checked_sub(u128::from(self.prefix6?)).and_then(|o| u32::try_from(o).ok())
+            }
+        };
+        offset?.checked_sub(1).filter(|n| (1..=self.capacity()).contains(n))
+    }
+
+    /// The IPv6 network as text.
+    pub fn cidr6(&self) -> Option<String> {
+        self.prefix6.map(|p| format!("{p}/64"))
     }
 
     /// The bridge's MAC address. It is set, since a bridge without one takes the lowest of its ports' and so changes it
@@ -166,6 +218,9 @@ impl Plan {
             gateway: self.gateway(),
             mac: slot.mac.to_string(),
             dns,
+            address6: self.address6(slot.number),
+            prefix6: self.prefix6.map(|_| 64),
+            gateway6: self.gateway6(),
         }
     }
 }
@@ -266,7 +321,12 @@ mod tests {
             let (mut addresses, mut macs) = (HashSet::new(), HashSet::new());
             addresses.insert(plan.gateway());
             macs.insert(plan.bridge_mac());
+            let plan = plan.with_prefix6(Some("fd00::".parse().unwrap()));
             for slot in &slots {
+                let six = plan.address6(slot.number).unwrap();
+                prop_assert!(plan.gateway6() != Some(six) && slot.mac != plan.bridge_mac());
+                prop_assert_eq!(plan.slot_of(six.into()), Some(slot.number));
+                prop_assert_eq!(plan.slot_of(slot.address.into()), Some(slot.number));
                 prop_assert!(addresses.insert(slot.address) && macs.insert(slot.mac));
                 prop_assert!(plan.overlaps(slot.address, 32));
                 prop_assert!(slot.tap.len() <= 15);

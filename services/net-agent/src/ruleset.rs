@@ -1,312 +1,428 @@
-//! The firewall as a pure function: state in, one nftables transaction out, in the types of libnftables' JSON
-//! (libnftables-json(5)). `firewall` applies it.
+//! The firewall as a pure function: state in, one nftables transaction out, in the language of nft(8). `firewall` applies
+//! it.
 //!
 //! Two tables, both named after the bridge, and nothing outside them:
 //!
-//! - `bridge`: what a TAP may *send*. Only ARP and IPv4, only with the slot's own MAC, sender address and, in ARP, sender
-//!   hardware address. Anything else is dropped before the bridge learns from it; frames from TAP to TAP are dropped,
-//!   too, should the isolation of the ports ever be off. TAPs are matched by prefix, so one whose slot is in no set
-//!   sends nothing at all.
-//! - `inet`: where a guest's packets may *go*. Not to the host (only answers to what the host began), not to other
-//!   guests by way of the host, not to link-local addresses (cloud metadata), and out only from addresses in the set
-//!   `nat`, which are masqueraded. From outside, only answers reach a guest, and only while it has NAT.
+//! - `bridge`: what a TAP may *send*. Only ARP, IPv4 and IPv6, only with the slot's own MAC and one of its own addresses.
+//!   Anything else is dropped before the bridge learns from it, and so are router advertisements, redirects and neighbour
+//!   advertisements: the host never asks who a guest is, since it has a fixed neighbour entry for each. Frames from TAP to
+//!   TAP are dropped, too, should the isolation of the ports ever be off. TAPs are matched by prefix, so one whose slot is
+//!   in no set sends nothing at all.
+//! - `inet`: where a guest's packets may *go*. Not to the host (only answers to what the host began, questions to the DNS
+//!   server, and neighbour discovery), not to other guests by way of the host, not to link-local, metadata and other
+//!   addresses that no guest needs (`never`), not to networks inside the host (`inside`), and out only as its policy says.
+//!   What leaves is masqueraded. From outside, only answers reach a guest, and only while its policy holds.
 //!
-//! Slots and NAT are set elements: taking a warm slot changes nothing here, and NAT on or off is one element.
+//! A slot under `allow` has a chain of its own and four sets: `a` the addresses that the DNS server handed out, for as long
+//! as it said, and `f` those with which it has talked, for [`FLOW_TIMEOUT_S`] after the last packet, for 4 and 6. A new
+//! connection needs `a`; one that is open needs `f`, so that it outlives the name's TTL, and none outlives the policy.
+//!
+//! Slots and policies are set elements: taking a warm slot changes nothing here.
 
 use crate::plan::{Plan, Slot};
-use nftables::{
-    expr::{CT, Expression, Meta, MetaKey, NamedExpression, Payload, PayloadField, Prefix},
-    schema::{
-        Chain, Element, NfCmd, NfListObject, NfObject, Nftables, Rule, Set, SetType, SetTypeValue, Table,
-    },
-    stmt::{Match, Operator, Statement},
-    types::{NfChainPolicy, NfChainType, NfFamily, NfHook},
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write,
+    net::IpAddr,
 };
-use std::{collections::BTreeSet, net::Ipv4Addr};
 
-type Expr = Expression<'static>;
-type Stmt = Statement<'static>;
-type Object = NfObject<'static>;
+/// How long an open connection may say nothing before it counts as new again, under `allow`.
+pub const FLOW_TIMEOUT_S: u64 = 3600;
 
-/// A whole transaction.
-pub type Transaction = Nftables<'static>;
+/// How many addresses a slot under `allow` may have at once, per set.
+pub const MAX_ADDRESSES: usize = 4096;
+
+/// How long a denied destination is remembered after its last packet.
+pub const DENIED_TIMEOUT_S: u64 = 3600;
+
+/// Destinations that are refused whatever the policy: "this network", loopback, link-local and with it the metadata
+/// services (AWS, GCP, Azure at 169.254.169.254, Alibaba, Oracle), multicast, and what is reserved (RFC 6890).
+const NEVER4: &str = "0.0.0.0/8, 100.100.100.200, 127.0.0.0/8, 169.254.0.0/16, 192.0.0.192, 224.0.0.0/3";
+
+/// The same for IPv6, and IPv4 addresses in the clothes of IPv6: mapped ones, and link-local ones behind NAT64.
+const NEVER6: &str = "::/96, ::ffff:0:0/96, 64:ff9b::a9fe:0/112, fd00:ec2::254, fe80::/10, ff00::/8";
+
+/// What a slot may reach.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Gate {
+    /// Everything but `never` and `inside`.
+    Open,
+    /// These addresses, each for so many seconds more; 0 for those with which open connections may go on.
+    Allow(BTreeMap<IpAddr, u64>),
+}
 
 /// What the rules depend on.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct State {
     /// The slots whose devices exist or are about to.
     pub slots: BTreeSet<u32>,
-    /// The addresses whose traffic may leave through the host.
-    pub nat: BTreeSet<Ipv4Addr>,
-    /// Interfaces on which we, and nobody else, turned forwarding on: from these nothing is forwarded but to the bridge,
+    /// What slots may reach; those that are not here reach nothing.
+    pub gates: BTreeMap<u32, Gate>,
+    /// Interfaces on which we, and nobody else, turned IPv4 forwarding on: from these nothing is forwarded but to the bridge,
     /// so that the host is not made a router for its neighbours.
     pub uplinks: BTreeSet<String>,
+    /// The same for IPv6.
+    pub uplinks6: BTreeSet<String>,
+    /// Whether we turned IPv6 forwarding on for the whole host: then nothing is forwarded in IPv6 but for guests.
+    pub guard6: bool,
+    /// Interfaces to networks inside the host, such as another bridge's: closed to guests.
+    pub inside: BTreeSet<String>,
 }
 
-/// Elements to add to or remove from a set.
+/// One change to the sets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Change {
     /// These slots may send.
     AddSlots(BTreeSet<u32>),
     /// These may not any more.
     RemoveSlots(BTreeSet<u32>),
-    /// This guest may go out.
-    AddNat(Ipv4Addr),
-    /// It may not any more.
-    RemoveNat(Ipv4Addr),
+    /// What a slot may reach, instead of what it might.
+    Gate {
+        /// The slot.
+        slot: u32,
+        /// What it might; none for nothing.
+        from: Option<Gate>,
+        /// What it may.
+        to: Option<Gate>,
+    },
+    /// A slot under `allow` may reach these addresses, too, each for so many seconds.
+    Allow(u32, BTreeMap<IpAddr, u64>),
     /// We turned on forwarding on these interfaces.
     AddUplinks(BTreeSet<String>),
     /// These forward without us.
     RemoveUplinks(BTreeSet<String>),
+    /// The same for IPv6.
+    AddUplinks6(BTreeSet<String>),
+    /// The same for IPv6.
+    RemoveUplinks6(BTreeSet<String>),
+    /// These lead to networks inside the host.
+    AddInside(BTreeSet<String>),
+    /// These do not any more.
+    RemoveInside(BTreeSet<String>),
+}
+
+/// Whether a link's name can stand in the rules. Names come from the kernel, which lets root choose nearly any.
+pub fn is_plain(name: &str) -> bool {
+    !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.:@".contains(c))
 }
 
 /// The transaction that replaces both tables by what `state` wants, whatever was there before.
-pub fn ruleset(plan: &Plan, state: &State) -> Transaction {
-    let mut objects = Vec::new();
-    for family in [NfFamily::Bridge, NfFamily::INet] {
-        // Deleting a table that is not there fails, adding one that is there does not.
-        objects.push(add(NfListObject::Table(table(plan, family))));
-        objects.push(NfObject::CmdObject(NfCmd::Delete(NfListObject::Table(table(plan, family)))));
-        objects.push(add(NfListObject::Table(table(plan, family))));
+pub fn ruleset(plan: &Plan, state: &State) -> String {
+    let mut text = removal(plan);
+    text += &bridge_table(plan);
+    text += &inet_table(plan, state.guard6);
+    let gate = |(slot, gate): (&u32, &Gate)| Change::Gate { slot: *slot, from: None, to: Some(gate.clone()) };
+    let changes = [
+        Change::AddSlots(state.slots.clone()),
+        Change::AddUplinks(state.uplinks.clone()),
+        Change::AddUplinks6(state.uplinks6.clone()),
+        Change::AddInside(state.inside.clone()),
+    ];
+    for wanted in changes.into_iter().chain(state.gates.iter().map(gate)) {
+        text += &change(plan, &wanted);
     }
-    objects.extend(bridge_table(plan));
-    objects.extend(inet_table(plan));
-    let changes = [Change::AddSlots(state.slots.clone()), Change::AddUplinks(state.uplinks.clone())];
-    for change in changes.into_iter().chain(state.nat.iter().copied().map(Change::AddNat)) {
-        objects.extend(elements(plan, &change));
-    }
-    Nftables { objects: objects.into() }
-}
-
-/// The transaction that makes one change to the sets.
-pub fn change(plan: &Plan, change: &Change) -> Transaction {
-    Nftables { objects: elements(plan, change).into() }
+    text
 }
 
 /// The transaction that removes both tables; right also where they are not there.
-pub fn removal(plan: &Plan) -> Transaction {
-    let objects: Vec<Object> = [NfFamily::Bridge, NfFamily::INet]
+pub fn removal(plan: &Plan) -> String {
+    // Deleting a table that is not there fails, adding one that is there does not.
+    ["bridge", "inet"]
         .into_iter()
-        .flat_map(|family| {
-            let object = || NfListObject::Table(table(plan, family));
-            [add(object()), NfObject::CmdObject(NfCmd::Delete(object()))]
+        .flat_map(|family| ["add", "delete"].map(|verb| format!("{verb} table {family} {}\n", plan.bridge)))
+        .collect()
+}
+
+/// The transaction that makes one change; empty where there is nothing to do.
+pub fn change(plan: &Plan, change: &Change) -> String {
+    let names = |names: &BTreeSet<String>| -> Vec<String> {
+        names.iter().filter(|n| is_plain(n)).map(|n| format!("\"{n}\"")).collect()
+    };
+    match change {
+        Change::AddSlots(numbers) => slots(plan, "add", numbers),
+        Change::RemoveSlots(numbers) => slots(plan, "delete", numbers),
+        Change::AddUplinks(links) => element(plan, "add", "inet", "uplinks", &names(links)),
+        Change::RemoveUplinks(links) => element(plan, "delete", "inet", "uplinks", &names(links)),
+        Change::AddUplinks6(links) => element(plan, "add", "inet", "uplinks6", &names(links)),
+        Change::RemoveUplinks6(links) => element(plan, "delete", "inet", "uplinks6", &names(links)),
+        Change::AddInside(links) => element(plan, "add", "inet", "inside", &names(links)),
+        Change::RemoveInside(links) => element(plan, "delete", "inet", "inside", &names(links)),
+        Change::Gate { slot, from, to } => {
+            let Some(slot) = plan.slot(*slot) else { return String::new() };
+            regate(plan, &slot, from.as_ref(), to.as_ref())
+        }
+        Change::Allow(slot, addresses) => allow(plan, *slot, addresses, true),
+    }
+}
+
+fn bridge_table(plan: &Plan) -> String {
+    let (name, taps) = (&plan.bridge, format!("\"{}*\"", plan.tap_prefix));
+    // Before everything else at this hook, and before the bridge learns the sender's address.
+    format!(
+        r"table bridge {name} {{
+	set guests {{ type ifname . ether_addr . ipv4_addr; }}
+	set guests6 {{ type ifname . ether_addr . ipv6_addr; }}
+	chain prerouting {{
+		type filter hook prerouting priority -300; policy accept;
+		iifname {taps} goto from_guest
+	}}
+	chain forward {{
+		type filter hook forward priority -200; policy accept;
+		iifname {taps} oifname {taps} drop
+	}}
+	chain from_guest {{
+		iifname . ether saddr . ip saddr @guests accept
+		iifname . ether saddr . arp saddr ip @guests iifname . arp saddr ether . arp saddr ip @guests accept
+		icmpv6 type {{ nd-neighbor-advert, nd-router-advert, nd-redirect }} drop
+		iifname . ether saddr . ip6 saddr @guests6 accept
+		drop
+	}}
+}}
+"
+    )
+}
+
+fn inet_table(plan: &Plan, guard6: bool) -> String {
+    let (name, bridge) = (&plan.bridge, format!("\"{}\"", plan.bridge));
+    let (subnet, gateway) = (plan.cidr(), plan.gateway());
+    let mut own6 = String::new();
+    let mut dns6 = String::new();
+    let mut masquerade6 = String::new();
+    if let (Some(subnet6), Some(gateway6)) = (plan.cidr6(), plan.gateway6()) {
+        own6 = format!("		ip6 daddr {subnet6} goto denied\n");
+        dns6 = format!(
+            "		ip6 daddr {gateway6} meta l4proto {{ tcp, udp }} th dport 53 accept\n		icmpv6 type \
+             nd-neighbor-solicit accept\n"
+        );
+        masquerade6 = format!("		ip6 saddr {subnet6} oifname != {bridge} masquerade\n");
+    }
+    let guard = if guard6 { "		meta nfproto ipv6 drop\n" } else { "" };
+    let mut denied = String::new();
+    let mut sets = String::new();
+    for (ip, v) in [("ip", 4), ("ip6", 6)] {
+        let kind = if v == 4 { "ipv4_addr" } else { "ipv6_addr" };
+        write_to(
+            &mut sets,
+            format_args!(
+                "	set open{v} {{ type {kind}; }}
+	map allow{v} {{ type {kind} : verdict; }}
+	map answers{v} {{ type {kind} : verdict; }}
+	set denied{v} {{ type {kind} . {kind}; flags dynamic,timeout; timeout {DENIED_TIMEOUT_S}s; size 16384; counter; }}
+"
+            ),
+        );
+        write_to(&mut denied, format_args!("		update @denied{v} {{ {ip} saddr . {ip} daddr counter }}\n"));
+    }
+    format!(
+        r"table inet {name} {{
+	set uplinks {{ type ifname; }}
+	set uplinks6 {{ type ifname; }}
+	set inside {{ type ifname; }}
+{sets}	chain input {{
+		type filter hook input priority 0; policy accept;
+		iifname {bridge} goto to_host
+	}}
+	chain to_host {{
+		ct state established,related accept
+		ip daddr {gateway} meta l4proto {{ tcp, udp }} th dport 53 accept
+{dns6}		drop
+	}}
+	chain forward {{
+		type filter hook forward priority 0; policy accept;
+		iifname {bridge} goto from_guest
+		oifname {bridge} goto to_guest
+		meta nfproto ipv4 iifname @uplinks drop
+		meta nfproto ipv6 iifname @uplinks6 drop
+{guard}	}}
+	chain postrouting {{
+		type nat hook postrouting priority 100; policy accept;
+		ip saddr {subnet} oifname != {bridge} masquerade
+{masquerade6}	}}
+	chain from_guest {{
+		oifname {bridge} drop
+		ip daddr {{ {NEVER4} }} goto denied
+		ip6 daddr {{ {NEVER6} }} goto denied
+		ip daddr {subnet} goto denied
+{own6}		oifname @inside goto denied
+		ip saddr @open4 accept
+		ip6 saddr @open6 accept
+		ip saddr vmap @allow4
+		ip6 saddr vmap @allow6
+		goto denied
+	}}
+	chain denied {{
+{denied}		meta l4proto tcp reject with tcp reset
+		reject with icmpx type admin-prohibited
+	}}
+	chain to_guest {{
+		ct state != {{ established, related }} drop
+		ip daddr @open4 accept
+		ip6 daddr @open6 accept
+		ip daddr vmap @answers4
+		ip6 daddr vmap @answers6
+		drop
+	}}
+}}
+"
+    )
+}
+
+/// From one policy to another in one transaction, whatever the two are.
+fn regate(plan: &Plan, slot: &Slot, from: Option<&Gate>, to: Option<&Gate>) -> String {
+    let mut text = String::new();
+    let number = slot.number;
+    let addresses: Vec<(IpAddr, u8)> = std::iter::once((IpAddr::V4(slot.address), 4))
+        .chain(plan.address6(number).map(|a| (IpAddr::V6(a), 6)))
+        .collect();
+    match (from, to) {
+        (Some(Gate::Allow(_)), Some(Gate::Allow(wanted))) => {
+            for (set, v) in sets() {
+                write_to(&mut text, format_args!("flush set inet {} {set}{v}_{number}\n", plan.bridge));
+            }
+            text += &allow(plan, number, wanted, false);
+            return text;
+        }
+        (Some(Gate::Allow(_)), _) => {
+            for (address, v) in &addresses {
+                for map in ["allow", "answers"] {
+                    text += &element(
+                        plan,
+                        "delete",
+                        "inet",
+                        &format!("{map}{v}"),
+                        &[verdict(map, address, number)],
+                    );
+                }
+            }
+            for chain in ["allow", "answers"] {
+                write_to(&mut text, format_args!("flush chain inet {} {chain}_{number}\n", plan.bridge));
+                write_to(&mut text, format_args!("delete chain inet {} {chain}_{number}\n", plan.bridge));
+            }
+            for (set, v) in sets() {
+                write_to(&mut text, format_args!("delete set inet {} {set}{v}_{number}\n", plan.bridge));
+            }
+        }
+        (Some(Gate::Open), to) if to != Some(&Gate::Open) => {
+            for (address, v) in &addresses {
+                text += &element(plan, "delete", "inet", &format!("open{v}"), &[address.to_string()]);
+            }
+        }
+        _ => {}
+    }
+    match to {
+        Some(Gate::Open) if from != Some(&Gate::Open) => {
+            for (address, v) in &addresses {
+                text += &element(plan, "add", "inet", &format!("open{v}"), &[address.to_string()]);
+            }
+        }
+        Some(Gate::Allow(wanted)) => {
+            text += &allow_chains(plan, number);
+            for (address, v) in &addresses {
+                for map in ["allow", "answers"] {
+                    text +=
+                        &element(plan, "add", "inet", &format!("{map}{v}"), &[verdict(map, address, number)]);
+                }
+            }
+            text += &allow(plan, number, wanted, false);
+        }
+        _ => {}
+    }
+    text
+}
+
+fn sets() -> impl Iterator<Item = (&'static str, u8)> {
+    ["a", "f"].into_iter().flat_map(|set| [(set, 4), (set, 6)])
+}
+
+fn verdict(chain: &str, address: &IpAddr, number: u32) -> String {
+    format!("{address} : goto {chain}_{number}")
+}
+
+/// The sets and chains of a slot under `allow`.
+fn allow_chains(plan: &Plan, n: u32) -> String {
+    let mut text = format!("table inet {} {{\n", plan.bridge);
+    for (set, v) in sets() {
+        let kind = if v == 4 { "ipv4_addr" } else { "ipv6_addr" };
+        let flags = if set == "f" { "dynamic,timeout" } else { "timeout" };
+        write_to(
+            &mut text,
+            format_args!("	set {set}{v}_{n} {{ type {kind}; flags {flags}; size {MAX_ADDRESSES}; }}\n"),
+        );
+    }
+    // DNS elsewhere would hand out addresses that nobody has seen, so it is refused even at an address that is allowed.
+    write_to(
+        &mut text,
+        format_args!(
+            "	chain allow_{n} {{\n		meta l4proto {{ tcp, udp }} th dport {{ 53, 853 }} goto denied\n"
+        ),
+    );
+    for (ip, v) in [("ip", 4), ("ip6", 6)] {
+        let keep = format!("update @f{v}_{n} {{ {ip} daddr timeout {FLOW_TIMEOUT_S}s }}");
+        write_to(
+            &mut text,
+            format_args!(
+                "		ct state established,related {ip} daddr @f{v}_{n} {keep} accept\n		{ip} daddr @a{v}_{n} {keep} accept\n"
+            ),
+        );
+    }
+    text += "		goto denied\n	}\n";
+    // Answers, and errors by routers on the way.
+    write_to(&mut text, format_args!("	chain answers_{n} {{\n		ct state related accept\n"));
+    for (ip, v) in [("ip", 4), ("ip6", 6)] {
+        write_to(&mut text, format_args!("		{ip} saddr @f{v}_{n} accept\n"));
+    }
+    text + "		drop\n	}\n}\n"
+}
+
+/// Lets a slot under `allow` reach addresses, each for its seconds; with `renew`, also where it may already.
+fn allow(plan: &Plan, number: u32, addresses: &BTreeMap<IpAddr, u64>, renew: bool) -> String {
+    let mut text = String::new();
+    for v in [4, 6] {
+        let ours = || addresses.iter().filter(move |(a, _)| a.is_ipv4() == (v == 4));
+        let set = format!("a{v}_{number}");
+        let plain: Vec<String> = ours().filter(|(_, s)| **s > 0).map(|(a, _)| a.to_string()).collect();
+        let timed: Vec<String> =
+            ours().filter(|(_, s)| **s > 0).map(|(a, s)| format!("{a} timeout {s}s")).collect();
+        if renew {
+            // Adding what is there changes no timeout, and deleting what is not there fails.
+            text += &element(plan, "add", "inet", &set, &timed);
+            text += &element(plan, "delete", "inet", &set, &plain);
+        }
+        text += &element(plan, "add", "inet", &set, &timed);
+        if !renew {
+            let flows: Vec<String> = ours().map(|(a, _)| format!("{a} timeout {FLOW_TIMEOUT_S}s")).collect();
+            text += &element(plan, "add", "inet", &format!("f{v}_{number}"), &flows);
+        }
+    }
+    text
+}
+
+fn slots(plan: &Plan, verb: &str, numbers: &BTreeSet<u32>) -> String {
+    let all: Vec<Slot> = numbers.iter().filter_map(|n| plan.slot(*n)).collect();
+    let guests: Vec<String> =
+        all.iter().map(|s| format!("\"{}\" . {} . {}", s.tap, s.mac, s.address)).collect();
+    let mut text = element(plan, verb, "bridge", "guests", &guests);
+    let guests6: Vec<String> = all
+        .iter()
+        .filter_map(|s| Some((s, plan.address6(s.number)?)))
+        .flat_map(|(s, address)| {
+            [address, s.mac.link_local()].map(|a| format!("\"{}\" . {} . {a}", s.tap, s.mac))
         })
         .collect();
-    Nftables { objects: objects.into() }
+    text += &element(plan, verb, "bridge", "guests6", &guests6);
+    text
 }
 
-fn bridge_table(plan: &Plan) -> Vec<Object> {
-    let family = NfFamily::Bridge;
-    let taps = format!("{}*", plan.tap_prefix);
-    let from_tap = || equals(meta(MetaKey::Iifname), string(&taps));
-    let own = |sender_mac: Expr, sender_ip: Expr| {
-        is_in(concat(vec![meta(MetaKey::Iifname), sender_mac, sender_ip]), "guests")
-    };
-    vec![
-        set(plan, family, "guests", &[SetType::Ifname, SetType::EtherAddr, SetType::Ipv4Addr]),
-        // Before everything else at this hook, and before the bridge learns the sender's address.
-        base_chain(plan, family, "prerouting", NfChainType::Filter, NfHook::Prerouting, -300),
-        base_chain(plan, family, "forward", NfChainType::Filter, NfHook::Forward, -200),
-        chain(plan, family, "from_guest"),
-        rule(plan, family, "prerouting", vec![from_tap(), goto("from_guest")]),
-        rule(
-            plan,
-            family,
-            "forward",
-            vec![from_tap(), equals(meta(MetaKey::Oifname), string(&taps)), Statement::Drop(None)],
-        ),
-        rule(
-            plan,
-            family,
-            "from_guest",
-            vec![own(payload("ether", "saddr"), payload("ip", "saddr")), Statement::Accept(None)],
-        ),
-        rule(
-            plan,
-            family,
-            "from_guest",
-            vec![
-                own(payload("ether", "saddr"), payload("arp", "saddr ip")),
-                own(payload("arp", "saddr ether"), payload("arp", "saddr ip")),
-                Statement::Accept(None),
-            ],
-        ),
-        rule(plan, family, "from_guest", vec![Statement::Drop(None)]),
-    ]
-}
-
-fn inet_table(plan: &Plan) -> Vec<Object> {
-    let family = NfFamily::INet;
-    let from_bridge = || equals(meta(MetaKey::Iifname), string(&plan.bridge));
-    let to_bridge = || equals(meta(MetaKey::Oifname), string(&plan.bridge));
-    let answer = || {
-        matches(ct("state"), Operator::IN, Expression::List(vec![string("established"), string("related")]))
-    };
-    let drop = || Statement::Drop(None);
-    let link_local =
-        Expression::Named(NamedExpression::Prefix(Prefix { addr: Box::new(string("169.254.0.0")), len: 16 }));
-    vec![
-        set(plan, family, "nat", &[SetType::Ipv4Addr]),
-        set(plan, family, "uplinks", &[SetType::Ifname]),
-        base_chain(plan, family, "input", NfChainType::Filter, NfHook::Input, 0),
-        base_chain(plan, family, "forward", NfChainType::Filter, NfHook::Forward, 0),
-        base_chain(plan, family, "postrouting", NfChainType::NAT, NfHook::Postrouting, 100),
-        chain(plan, family, "from_guest"),
-        chain(plan, family, "to_guest"),
-        rule(plan, family, "input", vec![from_bridge(), answer(), Statement::Accept(None)]),
-        rule(plan, family, "input", vec![from_bridge(), drop()]),
-        rule(plan, family, "forward", vec![from_bridge(), goto("from_guest")]),
-        rule(plan, family, "forward", vec![to_bridge(), goto("to_guest")]),
-        rule(plan, family, "forward", vec![is_in(meta(MetaKey::Iifname), "uplinks"), drop()]),
-        rule(plan, family, "from_guest", vec![to_bridge(), drop()]),
-        rule(plan, family, "from_guest", vec![equals(payload("ip", "daddr"), link_local), drop()]),
-        rule(plan, family, "from_guest", vec![is_in(payload("ip", "saddr"), "nat"), Statement::Accept(None)]),
-        rule(plan, family, "from_guest", vec![drop()]),
-        rule(
-            plan,
-            family,
-            "to_guest",
-            vec![answer(), is_in(payload("ip", "daddr"), "nat"), Statement::Accept(None)],
-        ),
-        rule(plan, family, "to_guest", vec![drop()]),
-        rule(
-            plan,
-            family,
-            "postrouting",
-            vec![
-                is_in(payload("ip", "saddr"), "nat"),
-                matches(meta(MetaKey::Oifname), Operator::NEQ, string(&plan.bridge)),
-                Statement::Masquerade(None),
-            ],
-        ),
-    ]
-}
-
-fn elements(plan: &Plan, change: &Change) -> Vec<Object> {
-    let slots = |numbers: &BTreeSet<u32>| -> Vec<Expr> {
-        numbers.iter().filter_map(|n| plan.slot(*n)).map(|slot| guest(&slot)).collect()
-    };
-    let names = |names: &BTreeSet<String>| -> Vec<Expr> { names.iter().map(|n| string(n)).collect() };
-    let (family, name, adding, elements) = match change {
-        Change::AddSlots(numbers) => (NfFamily::Bridge, "guests", true, slots(numbers)),
-        Change::RemoveSlots(numbers) => (NfFamily::Bridge, "guests", false, slots(numbers)),
-        Change::AddNat(address) => (NfFamily::INet, "nat", true, vec![string(&address.to_string())]),
-        Change::RemoveNat(address) => (NfFamily::INet, "nat", false, vec![string(&address.to_string())]),
-        Change::AddUplinks(links) => (NfFamily::INet, "uplinks", true, names(links)),
-        Change::RemoveUplinks(links) => (NfFamily::INet, "uplinks", false, names(links)),
-    };
+fn element(plan: &Plan, verb: &str, family: &str, set: &str, elements: &[String]) -> String {
     if elements.is_empty() {
-        return Vec::new();
+        return String::new();
     }
-    let element = NfListObject::Element(Element {
-        family,
-        table: plan.bridge.clone().into(),
-        name: name.into(),
-        elem: elements.into(),
-    });
-    vec![if adding { add(element) } else { NfObject::CmdObject(NfCmd::Delete(element)) }]
+    format!("{verb} element {family} {} {set} {{ {} }}\n", plan.bridge, elements.join(", "))
 }
 
-fn guest(slot: &Slot) -> Expr {
-    concat(vec![string(&slot.tap), string(&slot.mac.to_string()), string(&slot.address.to_string())])
-}
-
-fn add(object: NfListObject<'static>) -> Object {
-    NfObject::CmdObject(NfCmd::Add(object))
-}
-
-fn table(plan: &Plan, family: NfFamily) -> Table<'static> {
-    Table { family, name: plan.bridge.clone().into(), handle: None }
-}
-
-fn set(plan: &Plan, family: NfFamily, name: &'static str, types: &[SetType]) -> Object {
-    let set_type = match types {
-        [one] => SetTypeValue::Single(*one),
-        many => SetTypeValue::Concatenated(many.to_vec().into()),
-    };
-    add(NfListObject::Set(Box::new(Set {
-        family,
-        table: plan.bridge.clone().into(),
-        name: name.into(),
-        set_type,
-        ..Set::default()
-    })))
-}
-
-fn chain(plan: &Plan, family: NfFamily, name: &'static str) -> Object {
-    add(NfListObject::Chain(Chain {
-        family,
-        table: plan.bridge.clone().into(),
-        name: name.into(),
-        ..Chain::default()
-    }))
-}
-
-fn base_chain(
-    plan: &Plan,
-    family: NfFamily,
-    name: &'static str,
-    kind: NfChainType,
-    hook: NfHook,
-    prio: i32,
-) -> Object {
-    add(NfListObject::Chain(Chain {
-        family,
-        table: plan.bridge.clone().into(),
-        name: name.into(),
-        _type: Some(kind),
-        hook: Some(hook),
-        prio: Some(prio),
-        policy: Some(NfChainPolicy::Accept),
-        ..Chain::default()
-    }))
-}
-
-fn rule(plan: &Plan, family: NfFamily, chain: &'static str, statements: Vec<Stmt>) -> Object {
-    add(NfListObject::Rule(Rule {
-        family,
-        table: plan.bridge.clone().into(),
-        chain: chain.into(),
-        expr: statements.into(),
-        ..Rule::default()
-    }))
-}
-
-fn goto(chain: &'static str) -> Stmt {
-    Statement::Goto(nftables::stmt::JumpTarget { target: chain.into() })
-}
-
-fn matches(left: Expr, op: Operator, right: Expr) -> Stmt {
-    Statement::Match(Match { left, right, op })
-}
-
-fn equals(left: Expr, right: Expr) -> Stmt {
-    matches(left, Operator::EQ, right)
-}
-
-fn is_in(left: Expr, set: &str) -> Stmt {
-    equals(left, string(&format!("@{set}")))
-}
-
-fn string(text: &str) -> Expr {
-    Expression::String(text.to_owned().into())
-}
-
-fn meta(key: MetaKey) -> Expr {
-    Expression::Named(NamedExpression::Meta(Meta { key }))
-}
-
-fn ct(key: &'static str) -> Expr {
-    Expression::Named(NamedExpression::CT(CT { key: key.into(), family: None, dir: None }))
-}
-
-fn payload(protocol: &'static str, field: &'static str) -> Expr {
-    let field = PayloadField { protocol: protocol.into(), field: field.into() };
-    Expression::Named(NamedExpression::Payload(Payload::PayloadField(field)))
-}
-
-fn concat(parts: Vec<Expr>) -> Expr {
-    Expression::Named(NamedExpression::Concat(parts))
+fn write_to(text: &mut String, args: std::fmt::Arguments<'_>) {
+    // Writing to a string does not fail.
+    let _ = text.write_fmt(args);
 }
 
 #[cfg(test)]
@@ -314,65 +430,116 @@ mod tests {
     use super::*;
     use bothy_config::Config;
 
-    /// One line of JSON per command.
-    fn text(transaction: &Transaction) -> Vec<String> {
-        transaction.objects.iter().map(|object| serde_json::to_string(object).unwrap()).collect()
+    fn plan() -> Plan {
+        let plan = Plan::new(&Config::new("/s", "/r")).unwrap();
+        plan.with_prefix6(Some("fd12:3456:789a::".parse().unwrap()))
     }
 
-    fn plan() -> Plan {
-        Plan::new(&Config::new("/s", "/r")).unwrap()
+    fn lines(text: &str) -> Vec<&str> {
+        text.lines().collect()
     }
 
     #[test]
     fn the_whole_is_one_replacement_of_our_two_tables() {
+        let gates = [(1, Gate::Open), (3, Gate::Allow([("192.0.2.7".parse().unwrap(), 60)].into()))].into();
         let state = State {
             slots: [1, 3, 254].into(),
-            nat: [Ipv4Addr::new(10, 77, 0, 2)].into(),
+            gates,
             uplinks: ["eth0".to_owned()].into(),
+            uplinks6: ["eth1".to_owned()].into(),
+            guard6: false,
+            inside: ["docker0".to_owned(), "x\"; flush ruleset".to_owned()].into(),
         };
-        let lines = text(&ruleset(&plan(), &state));
-        assert_eq!(lines[0], r#"{"add":{"table":{"family":"bridge","name":"bothy0"}}}"#);
-        assert_eq!(lines[1], r#"{"delete":{"table":{"family":"bridge","name":"bothy0"}}}"#);
-        assert_eq!(lines[4], r#"{"delete":{"table":{"family":"inet","name":"bothy0"}}}"#);
-        assert!(lines.iter().skip(6).all(|l| l.starts_with(r#"{"add":"#)), "nothing else is deleted");
-        for table in lines.iter().filter_map(|l| l.split(r#""table":""#).nth(1)) {
-            assert!(table.starts_with("bothy0\""), "{table}");
-        }
-        let tail = &lines[lines.len() - 3..];
+        let text = ruleset(&plan(), &state);
+        let all = lines(&text);
         assert_eq!(
-            tail[0],
-            concat!(
-                r#"{"add":{"element":{"family":"bridge","table":"bothy0","name":"guests","elem":["#,
-                r#"{"concat":["bothy-tap-1","52:54:00:4d:00:02","10.77.0.2"]},"#,
-                r#"{"concat":["bothy-tap-3","52:54:00:4d:00:04","10.77.0.4"]}]}}}"#
-            ),
-            "slot 254 does not exist"
+            all[..4],
+            [
+                "add table bridge bothy0",
+                "delete table bridge bothy0",
+                "add table inet bothy0",
+                "delete table inet bothy0"
+            ]
         );
-        assert!(tail[1].contains(r#""name":"uplinks","elem":["eth0"]"#));
-        assert!(tail[2].contains(r#""name":"nat","elem":["10.77.0.2"]"#));
-        // Each list of rules ends in a drop: what nothing names is refused.
-        for chain in ["from_guest", "to_guest"] {
-            for family in ["bridge", "inet"] {
-                let head =
-                    format!(r#"{{"add":{{"rule":{{"family":"{family}","table":"bothy0","chain":"{chain}","#);
-                if let Some(last) = lines.iter().rfind(|l| l.starts_with(&head)) {
-                    assert!(last.ends_with(r#""expr":[{"drop":null}]}}}"#), "{last}");
-                }
-            }
-        }
-        assert!(lines.iter().any(|l| l.contains(r#""hook":"postrouting""#)));
+        assert!(
+            all[4..].iter().all(|l| !l.starts_with("delete") && !l.starts_with("flush")),
+            "nothing else goes"
+        );
+        assert!(all.contains(
+            &"add element bridge bothy0 guests { \"bothy-tap-1\" . 52:54:00:4d:00:02 . 10.77.0.2, \"bothy-tap-3\" . \
+              52:54:00:4d:00:04 . 10.77.0.4 }"
+        ), "slot 254 does not exist");
+        assert!(text.contains("\"bothy-tap-1\" . 52:54:00:4d:00:02 . fd12:3456:789a::2, "));
+        assert!(text.contains("\"bothy-tap-1\" . 52:54:00:4d:00:02 . fe80::5054:ff:fe4d:2, "));
+        assert!(all.contains(&"add element inet bothy0 uplinks { \"eth0\" }"));
+        assert!(all.contains(&"add element inet bothy0 inside { \"docker0\" }"), "a name is no command");
+        assert!(all.contains(&"add element inet bothy0 open4 { 10.77.0.2 }"));
+        assert!(all.contains(&"add element inet bothy0 allow4 { 10.77.0.4 : goto allow_3 }"));
+        assert!(all.contains(&"add element inet bothy0 a4_3 { 192.0.2.7 timeout 60s }"));
+        assert!(all.contains(&"add element inet bothy0 uplinks6 { \"eth1\" }"));
+        assert!(!text.contains("meta nfproto ipv6 drop"));
+        assert!(ruleset(&plan(), &State { guard6: true, ..state }).contains("meta nfproto ipv6 drop"));
     }
 
     #[test]
-    fn a_change_is_one_command() {
-        let address = Ipv4Addr::new(10, 77, 0, 9);
+    fn every_chain_of_guests_ends_in_a_refusal() {
+        let state = State { gates: [(1, Gate::Allow(BTreeMap::new()))].into(), ..State::default() };
+        let text = ruleset(&plan(), &state);
+        let mut seen = 0;
+        for chain in text.split("\tchain ").skip(1) {
+            let (name, body) = chain.split_once(" {").unwrap();
+            if ["prerouting", "forward", "input", "postrouting"].contains(&name) {
+                continue;
+            }
+            let last = body.split("\n\t}").next().unwrap().lines().last().unwrap().trim();
+            assert!(
+                ["drop", "goto denied", "reject with icmpx type admin-prohibited"].contains(&last),
+                "{name}: {last}"
+            );
+            seen += 1;
+        }
+        assert_eq!(seen, 7);
+    }
+
+    #[test]
+    fn a_change_is_small() {
+        let to = |from: Option<Gate>, to: Option<Gate>| change(&plan(), &Change::Gate { slot: 8, from, to });
+        let open = Some(Gate::Open);
+        let allow = |a: &str, s| Some(Gate::Allow([(a.parse().unwrap(), s)].into()));
         assert_eq!(
-            text(&change(&plan(), &Change::RemoveNat(address))),
+            lines(&to(open.clone(), None)),
             [
-                r#"{"delete":{"element":{"family":"inet","table":"bothy0","name":"nat","elem":["10.77.0.9"]}}}"#
+                "delete element inet bothy0 open4 { 10.77.0.9 }",
+                "delete element inet bothy0 open6 { fd12:3456:789a::9 }"
             ]
         );
-        assert!(text(&change(&plan(), &Change::AddSlots(BTreeSet::new()))).is_empty());
-        assert_eq!(text(&removal(&plan())).len(), 4);
+        assert_eq!(to(open.clone(), open.clone()), "");
+        assert_eq!(to(None, None), "");
+        let between = to(allow("192.0.2.1", 9), allow("2001:db8::1", 0));
+        assert_eq!(
+            lines(&between),
+            [
+                "flush set inet bothy0 a4_8",
+                "flush set inet bothy0 a6_8",
+                "flush set inet bothy0 f4_8",
+                "flush set inet bothy0 f6_8",
+                "add element inet bothy0 f6_8 { 2001:db8::1 timeout 3600s }"
+            ]
+        );
+        let ends = to(allow("192.0.2.1", 9), open);
+        assert!(
+            ends.contains("delete set inet bothy0 a4_8")
+                && ends.ends_with("add element inet bothy0 open6 { fd12:3456:789a::9 }\n")
+        );
+        assert_eq!(
+            lines(&change(&plan(), &Change::Allow(8, [("192.0.2.1".parse().unwrap(), 30)].into()))),
+            [
+                "add element inet bothy0 a4_8 { 192.0.2.1 timeout 30s }",
+                "delete element inet bothy0 a4_8 { 192.0.2.1 }",
+                "add element inet bothy0 a4_8 { 192.0.2.1 timeout 30s }"
+            ]
+        );
+        assert_eq!(change(&plan(), &Change::AddSlots(BTreeSet::new())), "");
+        assert_eq!(lines(&removal(&plan())).len(), 4);
     }
 }

@@ -4,8 +4,11 @@ use crate::network::Network;
 use bothy_bus::{Client, Server};
 use bothy_contract::{
     Error,
-    methods::{NetHostShow, NetHostTeardown, NetLeaseAcquire, NetLeaseList, NetLeaseRelease, NetNatSet},
-    net::Done,
+    methods::{
+        NetEgressSet, NetEgressShow, NetHostShow, NetHostTeardown, NetLeaseAcquire, NetLeaseList,
+        NetLeaseRelease, NetNameSet, NetNameUnset, NetNatSet, NetPortsPublish,
+    },
+    net::{Done, Egress},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -28,7 +31,7 @@ pub async fn run(
     let net = network.clone();
     let server = server.serve::<NetLeaseAcquire, _, _>(move |_, request| {
         let net = net.clone();
-        async move { net.acquire(request.vm, request.nat).await }
+        async move { net.acquire(request).await }
     });
     let net = network.clone();
     let server = server.serve::<NetLeaseRelease, _, _>(move |_, request| {
@@ -38,7 +41,33 @@ pub async fn run(
     let net = network.clone();
     let server = server.serve::<NetNatSet, _, _>(move |_, request| {
         let net = net.clone();
-        async move { net.set_nat(request.vm, request.enabled).await.map(|()| Done {}) }
+        let egress = if request.enabled { Egress::Open } else { Egress::None };
+        async move { net.set_egress(request.vm, egress).await.map(|()| Done {}) }
+    });
+    let net = network.clone();
+    let server = server.serve::<NetEgressSet, _, _>(move |_, request| {
+        let net = net.clone();
+        async move { net.set_egress(request.vm, request.egress).await.map(|()| Done {}) }
+    });
+    let net = network.clone();
+    let server = server.serve::<NetEgressShow, _, _>(move |_, request| {
+        let net = net.clone();
+        async move { net.egress_report(request.vm).await }
+    });
+    let net = network.clone();
+    let server = server.serve::<NetPortsPublish, _, _>(move |_, request| {
+        let net = net.clone();
+        async move { net.publish(request.vm, request.ports).await.map(|()| Done {}) }
+    });
+    let net = network.clone();
+    let server = server.serve::<NetNameSet, _, _>(move |_, request| {
+        let net = net.clone();
+        async move { net.set_name(request.vm, Some(request.name)).await.map(|()| Done {}) }
+    });
+    let net = network.clone();
+    let server = server.serve::<NetNameUnset, _, _>(move |_, request| {
+        let net = net.clone();
+        async move { net.set_name(request.vm, None).await.map(|()| Done {}) }
     });
     let net = network.clone();
     let server = server.serve::<NetLeaseList, _, _>(move |_, _| {

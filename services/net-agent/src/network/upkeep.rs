@@ -3,13 +3,16 @@
 use super::Inner;
 use crate::{
     devices::Devices,
-    forwarding,
-    link::{Link, Links},
+    forwarding, forwarding6,
+    link::{Link, Links, neighbours_of},
     plan::{Plan, Slot},
     slots::Slots,
 };
 use bothy_contract::{Code, Error};
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 impl Inner {
     pub(super) async fn refill(&self) -> Result<(), Error> {
@@ -44,9 +47,10 @@ impl Inner {
             tracing::warn!(table = %self.plan.bridge, "somebody removed our nftables tables; they are back");
         }
         forwarding::refresh(&self.leases, &self.devices.firewall).await?;
-        if self.vms().values().any(|held| held.nat) {
+        if self.anybody_goes_out() {
             self.enable_forwarding().await?;
         }
+        self.restore_ports();
         if self.wrong().await?.is_empty() {
             return Ok(());
         }
@@ -58,8 +62,7 @@ impl Inner {
         }
         let wrong = self.wrong().await?;
         let bridge = self.devices.bridge().await?;
-        let nat = self.vms().values().any(|held| held.nat);
-        if nat {
+        if self.anybody_goes_out() {
             self.enable_forwarding().await?;
         }
         for number in wrong {
@@ -74,12 +77,19 @@ impl Inner {
     async fn wrong(&self) -> Result<Vec<u32>, Error> {
         let links = self.devices.links.list().await?;
         let bridge = links.get(&self.plan.bridge).map(|link| link.index);
+        let fixed = match bridge {
+            Some(bridge) => self.devices.links.fixed_neighbours(bridge).await?,
+            None => BTreeMap::new(),
+        };
         let present = self.slots().present();
+        let known = |slot: &Slot| {
+            neighbours_of(&self.plan, slot).all(|a| fixed.get(&a).is_some_and(|mac| *mac == slot.mac.0))
+        };
         let right = |slot: &Slot| {
             links
                 .get(&slot.tap)
                 .zip(bridge)
-                .is_some_and(|(l, bridge)| l.belongs_to(slot) && l.is_port_of(bridge))
+                .is_some_and(|(l, bridge)| l.belongs_to(slot) && l.is_port_of(bridge) && known(slot))
         };
         Ok(present.into_iter().filter(|n| self.plan.slot(*n).is_none_or(|slot| !right(&slot))).collect())
     }
@@ -91,7 +101,7 @@ impl Inner {
             if self.devices.in_use(held.slot).await? {
                 return Err(Error::new(
                     Code::FailedPrecondition,
-                    format!("VM {vm} is running: a process has its TAP {} open", self.lease(*held)?.tap),
+                    format!("VM {vm} is running: a process has its TAP {} open", self.lease(held)?.tap),
                 )
                 .hint("stop all VMs first, with `bothy vm stop`"));
             }
@@ -108,6 +118,10 @@ impl Inner {
             note(links.delete(&bridge).await);
         }
         note(forwarding::restore(&self.leases).await);
+        note(forwarding6::restore(&self.leases).await);
+        for held in vms.values() {
+            self.publisher.clear(held.slot);
+        }
         note(self.devices.firewall.remove().await);
         *self.slots() = Slots::new(self.plan.capacity(), vms.values().map(|held| held.slot), []);
         if failures.is_empty() {
@@ -132,6 +146,7 @@ pub(super) async fn adopt(devices: &Devices, held: &BTreeSet<u32>, bridge: u32) 
         let whole =
             devices.plan.slot(number).is_some_and(|slot| link.belongs_to(&slot)) && link.is_port_of(bridge);
         if whole && warm.len() < most && !devices.in_use(number).await? {
+            devices.mend(number, Some(&link), bridge).await?;
             warm.push(number);
         } else {
             tracing::info!(tap = %link.name, "removing a TAP that belongs to no VM");
@@ -142,24 +157,16 @@ pub(super) async fn adopt(devices: &Devices, held: &BTreeSet<u32>, bridge: u32) 
     Ok(warm)
 }
 
-/// Refuses a subnet that the host has routes into: its own traffic there would go to the bridge.
-pub(super) async fn check_routes(plan: &Plan, links: &Links) -> Result<(), Error> {
+/// The route of the host that overlaps a plan's subnet, as text: its own traffic there would go to the bridge.
+pub(super) async fn overlap(plan: &Plan, links: &Links) -> Result<Option<String>, Error> {
     let names: BTreeMap<u32, String> = links.list().await?.into_values().map(|l| (l.index, l.name)).collect();
     for route in links.routes().await? {
-        let (address, prefix) = route.destination;
+        let (IpAddr::V4(address), prefix) = route.destination else { continue };
         let by: Vec<&str> = route.links.iter().filter_map(|i| names.get(i)).map(String::as_str).collect();
         if prefix == 0 || by.contains(&plan.bridge.as_str()) || !plan.overlaps(address, prefix) {
             continue;
         }
-        return Err(Error::new(
-            Code::FailedPrecondition,
-            format!(
-                "subnet {} overlaps the host's route to {address}/{prefix} by {}",
-                plan.cidr(),
-                by.join(", ")
-            ),
-        )
-        .hint("set net.subnet to a range that this host does not use, such as `10.78.0.0`"));
+        return Ok(Some(format!("{address}/{prefix} by {}", by.join(", "))));
     }
-    Ok(())
+    Ok(None)
 }

@@ -1,7 +1,7 @@
 //! Leases under load and at the edges.
 
-use crate::world::{World, taps};
-use bothy_contract::{Code, VmId};
+use crate::world::{World, ask, taps};
+use bothy_contract::{Code, VmId, net::Egress};
 use bothy_testkit::require_root;
 use std::{
     collections::BTreeSet,
@@ -25,8 +25,10 @@ fn two_hundred_leases_by_twenty_clients_are_all_different() {
             clients.spawn(async move {
                 for round in 0..10 {
                     let vm = VmId::new();
-                    let (lease, twin) =
-                        tokio::join!(net.acquire(vm, round % 2 == 0), net.acquire(vm, round % 2 == 0));
+                    let (lease, twin) = tokio::join!(
+                        net.acquire(ask(vm, round % 2 == 0)),
+                        net.acquire(ask(vm, round % 2 == 0))
+                    );
                     let lease = lease.unwrap();
                     assert_eq!(lease, twin.unwrap(), "one VM, one slot");
                     assert!(held.lock().unwrap().insert(lease.address), "{} is somebody's", lease.address);
@@ -68,11 +70,11 @@ fn a_warm_slot_costs_a_row() {
         let mut times = Vec::new();
         for _ in 0..50 {
             let before = Instant::now();
-            net.acquire(VmId::new(), false).await.unwrap();
+            net.acquire(ask(VmId::new(), false)).await.unwrap();
             times.push(before.elapsed());
         }
         let before = Instant::now();
-        net.set_nat(net.list().leases[0].vm, true).await.unwrap();
+        net.set_egress(net.list().leases[0].vm, Egress::Open).await.unwrap();
         println!("nat on {:?}", before.elapsed());
         assert_eq!(net.show().warm, 0);
         times
@@ -92,15 +94,15 @@ fn a_full_subnet_says_so() {
         let mut vms = Vec::new();
         for _ in 0..5 {
             let vm = VmId::new();
-            net.acquire(vm, false).await.unwrap();
+            net.acquire(ask(vm, false)).await.unwrap();
             vms.push(vm);
         }
-        let full = net.acquire(VmId::new(), false).await.unwrap_err();
+        let full = net.acquire(ask(VmId::new(), false)).await.unwrap_err();
         assert_eq!(full.code, Code::ResourceExhausted);
         assert!(full.message.contains('5') && full.hint.is_some(), "{full}");
         let freed = net.list().leases[2].lease.clone();
         net.release(vms[2]).await.unwrap();
-        assert_eq!(net.acquire(VmId::new(), false).await.unwrap(), freed);
-        assert_eq!(net.set_nat(VmId::new(), true).await.unwrap_err().code, Code::NotFound);
+        assert_eq!(net.acquire(ask(VmId::new(), false)).await.unwrap(), freed);
+        assert_eq!(net.set_egress(VmId::new(), Egress::Open).await.unwrap_err().code, Code::NotFound);
     });
 }

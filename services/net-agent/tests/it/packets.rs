@@ -3,9 +3,12 @@
 
 use crate::{
     guest::{BROADCAST, Guest, Packet, arp, udp},
-    world::World,
+    world::{World, ask},
 };
-use bothy_contract::{VmId, net::Lease};
+use bothy_contract::{
+    VmId,
+    net::{Egress, Lease},
+};
 use bothy_net_agent::{network::Network, plan::Mac};
 use bothy_testkit::{Netns, require_root};
 use std::{
@@ -30,7 +33,7 @@ fn next(socket: &UdpSocket) -> (Vec<u8>, std::net::SocketAddr) {
 
 async fn lease(net: &Network, nat: bool) -> (VmId, Lease) {
     let vm = VmId::new();
-    (vm, net.acquire(vm, nat).await.unwrap())
+    (vm, net.acquire(ask(vm, nat)).await.unwrap())
 }
 
 #[test]
@@ -64,9 +67,9 @@ fn nat_masquerades_and_ends_at_once() {
         guest.send_udp(via, (OUTSIDE, 9), b"honest");
         assert_eq!(next(&server).0, b"honest");
 
-        net.set_nat(vm, false).await.unwrap();
+        net.set_egress(vm, Egress::None).await.unwrap();
         guest.send_udp(via, (OUTSIDE, 9), b"without nat, on a connection that was open");
-        net.set_nat(vm, true).await.unwrap();
+        net.set_egress(vm, Egress::Open).await.unwrap();
         guest.send_udp(via, (OUTSIDE, 9), b"with nat");
         assert_eq!(next(&server).0, b"with nat");
     });

@@ -1,7 +1,7 @@
 //! Bring-up, teardown, restart and repair.
 
-use crate::world::{World, links, ruleset, taps};
-use bothy_contract::{Code, VmId};
+use crate::world::{World, ask, links, ruleset, taps};
+use bothy_contract::{Code, VmId, net::Egress};
 use bothy_net_agent::{link::Links, network::Network, nft::Nft, plan::Plan, tun};
 use bothy_testkit::require_root;
 
@@ -38,7 +38,7 @@ fn it_comes_up_warm_and_goes_without_a_trace() {
         assert!(ruleset().contains("theirs") && ruleset().contains("masquerade"));
 
         let vm = VmId::new();
-        let lease = net.acquire(vm, true).await.unwrap();
+        let lease = net.acquire(ask(vm, true)).await.unwrap();
         assert_eq!(world.forwarding("up0"), "1", "the answers come in there");
         assert_eq!(world.forwarding("bothy0"), "1");
 
@@ -60,7 +60,7 @@ fn it_comes_up_warm_and_goes_without_a_trace() {
         assert_eq!(world.forwarding("up0"), "0", "put back");
         assert_eq!(ruleset(), before, "no rule of ours, and theirs as they were");
         assert_eq!(links().await.into_keys().collect::<Vec<_>>(), links_before);
-        assert_eq!(net.acquire(VmId::new(), false).await.unwrap_err().code, Code::FailedPrecondition);
+        assert_eq!(net.acquire(ask(VmId::new(), false)).await.unwrap_err().code, Code::FailedPrecondition);
 
         let again = Network::start(&world.config).await.unwrap();
         assert_eq!(again.list().leases[0].lease.tap, lease.tap, "leases outlive the devices");
@@ -77,7 +77,7 @@ fn a_new_agent_adopts_what_it_finds() {
         let vms = [VmId::new(), VmId::new(), VmId::new()];
         let mut leases = Vec::new();
         for (n, vm) in vms.iter().enumerate() {
-            leases.push(net.acquire(*vm, n == 0).await.unwrap());
+            leases.push(net.acquire(ask(*vm, n == 0)).await.unwrap());
         }
         net.check().await.unwrap();
         (vms, leases, taps().await)
@@ -93,7 +93,7 @@ fn a_new_agent_adopts_what_it_finds() {
         assert!(tun::in_use(&leases[0].tap).unwrap(), "not cut off");
         drop(running);
         for (vm, lease) in vms.iter().zip(&leases) {
-            let again = net.acquire(*vm, false).await.unwrap();
+            let again = net.acquire(ask(*vm, false)).await.unwrap();
             assert_eq!((again.slot, &again.tap, again.address), (lease.slot, &lease.tap, lease.address));
         }
         (taps().await, net.show(), net.list())
@@ -113,7 +113,7 @@ fn what_others_break_is_mended() {
     require_root!();
     let world = &World::new();
     world.with_agent(|net| async move {
-        let lease = net.acquire(VmId::new(), true).await.unwrap();
+        let lease = net.acquire(ask(VmId::new(), true)).await.unwrap();
         let raw = Links::open().unwrap();
         raw.delete(&links().await["bothy0"]).await.unwrap();
         Nft::open().unwrap().run(r#"{"nftables":[{"flush":{"ruleset":null}}]}"#).unwrap();
@@ -124,7 +124,7 @@ fn what_others_break_is_mended() {
         assert!(ruleset().contains(&lease.tap) && ruleset().contains("masquerade"));
         // Without the check, the next change notices, too.
         Nft::open().unwrap().run(r#"{"nftables":[{"flush":{"ruleset":null}}]}"#).unwrap();
-        net.set_nat(net.list().leases[0].vm, false).await.unwrap();
+        net.set_egress(net.list().leases[0].vm, Egress::None).await.unwrap();
         assert!(ruleset().contains(&lease.tap));
         net.teardown().await.unwrap();
     });
@@ -154,7 +154,7 @@ fn a_subnet_changed_under_leases_is_refused() {
     require_root!();
     let mut world = World::new();
     world.with_agent(|net| async move {
-        net.acquire(VmId::new(), false).await.unwrap();
+        net.acquire(ask(VmId::new(), false)).await.unwrap();
         net.teardown().await.unwrap();
     });
     world.config.net.subnet = [10, 78, 0, 0].into();

@@ -1,6 +1,7 @@
 //! A host of its own: a namespace, a state directory, and what the kernel shows in it.
 
 use bothy_config::Config;
+use bothy_contract::{VmId, net::AcquireLease};
 use bothy_net_agent::{
     link::{Link, Links},
     network::Network,
@@ -62,6 +63,11 @@ fn configure(ns: &Netns, link: &str, address: IpAddr) {
         handle.address().add(index, address, 24).execute().await.unwrap();
         handle.link().set(LinkUnspec::new_with_index(index).up().build()).execute().await.unwrap();
     });
+}
+
+/// A request for a lease that says no more than NAT or none.
+pub(crate) fn ask(vm: VmId, nat: bool) -> AcquireLease {
+    AcquireLease { nat, ..AcquireLease::new(vm) }
 }
 
 /// The links of the namespace of the running task.
