@@ -122,6 +122,7 @@ pub(crate) async fn set(
     let vm = gateway.vm(&peer, &vm).await?;
     body.check(&vm)?;
     let api::SetBody { cpus, memory_mib, work_mib, system_mib, nat } = body;
-    let request = SetVm { vm: vm.id, cpus, memory_mib, work_mib, system_mib, nat, egress: None, publish: None };
+    let request =
+        SetVm { vm: vm.id, cpus, memory_mib, work_mib, system_mib, nat, egress: None, publish: None };
     Ok(accepted(gateway.change::<VmSet>(&peer, &headers, &request).await?))
 }

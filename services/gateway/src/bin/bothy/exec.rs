@@ -93,7 +93,9 @@ fn lost(vm: &str, status: &tonic::Status) -> Error {
     };
     let mut error = Error::new(code, format!("the guest of {vm} broke off: {}", status.message()));
     error.retryable = false;
-    error.hint(format!("`bothy vm show {vm}` and `bothy vm logs {vm}` may say why"))
+    error.hint(format!(
+        "a command that was begun may still run; `bothy vm show {vm}` and `bothy vm logs {vm}` may say why"
+    ))
 }
 
 /// Runs `command` in `vm` to its end, on this process' stdin, stdout and stderr. Returns its exit status, or what shells
