@@ -8,8 +8,11 @@
 )]
 
 mod agent;
+mod egress;
 mod guest;
 mod leases;
+mod machine;
 mod packets;
 mod pool;
+mod ports;
 mod world;

@@ -44,9 +44,15 @@ impl World {
             let to_other = LinkUnspec::new_with_index(out.index).setns_by_fd(other.fd().as_raw_fd()).build();
             handle.link().set(to_other).execute().await.unwrap();
         });
-        configure(&self.ns, "up0", [192, 0, 2, 1].into());
-        configure(&other, "out0", [192, 0, 2, 2].into());
+        configure(&self.ns, "up0", [192, 0, 2, 1].into(), 24);
+        configure(&other, "out0", [192, 0, 2, 2].into(), 24);
         other
+    }
+
+    /// Gives both IPv6: fd00:1::1 here, fd00:1::2 there.
+    pub(crate) fn neighbour6(&self, other: &Netns) {
+        configure(&self.ns, "up0", "fd00:1::1".parse().unwrap(), 64);
+        configure(other, "out0", "fd00:1::2".parse().unwrap(), 64);
     }
 
     pub(crate) fn forwarding(&self, link: &str) -> String {
@@ -55,12 +61,14 @@ impl World {
     }
 }
 
-fn configure(ns: &Netns, link: &str, address: IpAddr) {
+fn configure(ns: &Netns, link: &str, address: IpAddr, prefix: u8) {
+    // An address that is there at once: nobody else can have it.
+    ns.run(|| fs_err::write(format!("/proc/sys/net/ipv6/conf/{link}/accept_dad"), "0")).unwrap();
     ns.block_on(async {
         let (connection, handle, _) = rtnetlink::new_connection().unwrap();
         tokio::spawn(connection);
         let index = Links::open().unwrap().find(link).await.unwrap().unwrap().index;
-        handle.address().add(index, address, 24).execute().await.unwrap();
+        handle.address().add(index, address, prefix).execute().await.unwrap();
         handle.link().set(LinkUnspec::new_with_index(index).up().build()).execute().await.unwrap();
     });
 }
