@@ -19,6 +19,9 @@ use std::{
 /// How long a host may take to come up or go down before the test fails. Generous: two cores may be booting guests.
 const PATIENCE: Duration = Duration::from_secs(90);
 
+/// The image whose VMs are ready as soon as their guest has its identity.
+pub const QUICK: &str = "quick";
+
 /// A host of bothy with a network namespace and directories of its own. Everything goes when it is dropped; a test
 /// that cares how it goes calls [`Host::finish`].
 #[derive(Debug)]
@@ -29,6 +32,8 @@ pub struct Host {
     netns: Netns,
     fresh: Census,
     environment: Vec<(String, String)>,
+    /// Where its programs are, if not where cargo puts them.
+    programs: Option<PathBuf>,
     /// Last, so that it is removed after the processes that work in it are gone.
     dir: TempDir,
 }
@@ -87,6 +92,15 @@ impl Host {
         Self::start_inside(Netns::new(), environment, change)
     }
 
+    /// The same with an image [`QUICK`] beside the default one: nothing in it is waited for, so a VM is ready as soon as its
+    /// guest has its identity. For tests of what happens to VMs, not in them.
+    pub fn start_quick(change: impl FnOnce(&mut Config)) -> Self {
+        Self::start_with(&[], |config| {
+            images::variant_into(config, QUICK, |manifest| manifest["wait"] = serde_json::json!([]));
+            change(config);
+        })
+    }
+
     /// The same inside a namespace that the test has made, with what it put there.
     pub fn start_inside(
         netns: Netns,
@@ -94,23 +108,43 @@ impl Host {
         change: impl FnOnce(&mut Config),
     ) -> Self {
         let image = images::default_image();
-        Self::start_in(netns, environment, |config| {
+        Self::start_in(netns, environment, false, |config| {
             images::link_into(&image, config);
             change(config);
         })
     }
 
-    /// A host without any image.
-    pub fn start_bare(environment: &[(&str, &str)], change: impl FnOnce(&mut Config)) -> Self {
-        Self::start_in(Netns::new(), environment, change)
+    /// A host with the default image whose programs are copies of its own, to be replaced by the test.
+    pub fn start_installed() -> Self {
+        let image = images::default_image();
+        Self::start_in(Netns::new(), &[], true, |config| images::link_into(&image, config))
     }
 
-    fn start_in(netns: Netns, environment: &[(&str, &str)], change: impl FnOnce(&mut Config)) -> Self {
+    /// A host without any image.
+    pub fn start_bare(environment: &[(&str, &str)], change: impl FnOnce(&mut Config)) -> Self {
+        Self::start_in(Netns::new(), environment, false, change)
+    }
+
+    fn start_in(
+        netns: Netns,
+        environment: &[(&str, &str)],
+        install: bool,
+        change: impl FnOnce(&mut Config),
+    ) -> Self {
         let dir = temp_dir();
+        let programs = install.then(|| {
+            let programs = dir.path().join("bin");
+            fs_err::create_dir(&programs).expect("a directory of programs");
+            let services = Service::ALL.iter().map(|s| s.binary());
+            for name in services.chain(["bothy", "bothy-vmm"]) {
+                fs_err::copy(binary(name), programs.join(name)).expect("a copy of a program");
+            }
+            programs
+        });
         let mut config = configure(dir.path(), &netns);
         change(&mut config);
         let environment = environment.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        let mut host = Self { config, up: None, netns, fresh: Census::default(), environment, dir };
+        let mut host = Self { config, up: None, netns, fresh: Census::default(), environment, programs, dir };
         host.up();
         host.fresh = host.census();
         host
@@ -140,9 +174,28 @@ impl Host {
         self.up = Some(up);
     }
 
+    /// Takes the host down as a user would, with `args` for what becomes of its VMs; [`Host::up`] brings it back.
+    ///
+    /// # Panics
+    /// If it fails.
+    #[track_caller]
+    pub fn down(&mut self, args: &[&str]) {
+        let down = self.bothy(["host", "down"].iter().chain(args));
+        assert_eq!(down.status, 0, "`host down` failed\n{down:#?}\n{}", self.logs());
+        drop(self.up.take());
+    }
+
+    /// The file of program `name`.
+    pub fn program(&self, name: &str) -> PathBuf {
+        match &self.programs {
+            Some(dir) => dir.join(name),
+            None => binary(name),
+        }
+    }
+
     /// A command inside the namespace, set up to reach this host.
     pub fn command(&self, binary_name: &str) -> Command {
-        let mut command = Command::new(binary(binary_name));
+        let mut command = Command::new(self.program(binary_name));
         command
             .env("BOTHY_CONFIG", self.config.state_dir.join("bothy.toml"))
             .env("XDG_DATA_HOME", self.dir.path().join("home/data"))
@@ -188,6 +241,45 @@ impl Host {
     pub fn create(&self, name: &str) -> serde_json::Value {
         self.bothy(["vm", "create", "--name", name, "--json"]).json();
         self.show(name)
+    }
+
+    /// Creates a VM called `name` from the image [`QUICK`], with `more` arguments.
+    #[track_caller]
+    pub fn create_quick(&self, name: &str, more: &[&str]) -> serde_json::Value {
+        let args = ["vm", "create", "--image", QUICK, "--name", name, "--json"];
+        self.bothy(args.iter().chain(more)).json();
+        self.show(name)
+    }
+
+    /// The boot id of VM `name`, as the guest says it.
+    #[track_caller]
+    pub fn boot_id(&self, name: &str) -> String {
+        self.sh(name, "cat /proc/sys/kernel/random/boot_id").ok().stdout.trim().to_owned()
+    }
+
+    /// Asks `good` about VM `name` until it says yes, for up to a minute and a half; the VM then.
+    ///
+    /// # Panics
+    /// With the VM and the logs, if it does not.
+    #[track_caller]
+    pub fn await_vm(
+        &self,
+        name: &str,
+        what: &str,
+        good: impl Fn(&serde_json::Value) -> bool,
+    ) -> serde_json::Value {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let shown = self.bothy(["vm", "show", name, "--json"]);
+            if shown.status == 0 {
+                let vm = self.show(name);
+                if good(&vm) {
+                    return vm;
+                }
+            }
+            assert!(Instant::now() < deadline, "{what}: {shown:#?}\n{}", self.logs());
+            std::thread::sleep(Duration::from_millis(100));
+        }
     }
 
     /// The record of VM `name`.
@@ -238,6 +330,18 @@ impl Host {
             .collect()
     }
 
+    /// The process ids of the holder and the VMM of VM `name`, found by the VMM's command line and its parent, so that
+    /// they are known whatever bothy knows.
+    pub fn vmm_of(&self, name: &str) -> Option<(i32, i32)> {
+        let mark = format!(" -name bothy-{name},");
+        let processes = Census::of_processes(&self.scope()).expect("a census").of(&[Kind::Process]);
+        let vmm = processes.iter().find(|p| p.what.contains(&mark))?;
+        let vmm: i32 = vmm.what.split(' ').next()?.parse().ok()?;
+        let status = fs_err::read_to_string(format!("/proc/{vmm}/status")).ok()?;
+        let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
+        Some((parent.trim().parse().ok()?, vmm))
+    }
+
     /// Kills a service with SIGKILL; `host up` starts it again.
     ///
     /// # Panics
@@ -278,9 +382,15 @@ impl Host {
     /// Waits until nothing is left of VMs and operations, for at most `patience`: background work such as refilling the
     /// pool may take a moment. What is left then.
     pub fn left_after(&self, patience: Duration) -> Vec<Thing> {
+        self.left_beside(&[], patience)
+    }
+
+    /// The same, but for what has one of `marks` in its words: another VM's.
+    pub fn left_beside(&self, marks: &[String], patience: Duration) -> Vec<Thing> {
         let deadline = Instant::now() + patience;
+        let theirs = |thing: &Thing| marks.iter().any(|mark| thing.what.contains(mark.as_str()));
         loop {
-            let leaks = self.leaks();
+            let leaks: Vec<Thing> = self.leaks().into_iter().filter(|thing| !theirs(thing)).collect();
             if leaks.is_empty() || Instant::now() > deadline {
                 return leaks;
             }
@@ -313,10 +423,7 @@ impl Host {
     #[track_caller]
     pub fn finish(mut self) {
         self.assert_no_leaks();
-        let down = self.bothy(["host", "down"]);
-        assert_eq!(down.status, 0, "`host down` failed\n{down:#?}\n{}", self.logs());
-        let up = self.up.take().expect("the host was up");
-        drop(up);
+        self.down(&[]);
         let kinds = [
             Kind::Process,
             Kind::Tap,

@@ -3,7 +3,7 @@
 
 use bothy_config::Config;
 use bothy_contract::Service;
-use rusqlite::{Connection, OpenFlags, OptionalExtension};
+use rusqlite::{Connection, OpenFlags};
 use serde_json::Value;
 use std::{
     path::PathBuf,
@@ -80,14 +80,11 @@ impl Journal {
         Ok(Now { state: word(&state), error, stages })
     }
 
-    /// The process ids of the holder and the VMM in the row of VM `name`.
-    pub fn handle(&self, name: &str) -> Option<(i32, i32)> {
+    /// The row of VM `name`, as the leak check names it.
+    pub fn row_of(&self, name: &str) -> Option<String> {
         let db = Connection::open_with_flags(&self.path, OpenFlags::SQLITE_OPEN_READ_ONLY).ok()?;
-        let data: String =
-            db.query_row("SELECT data FROM vm WHERE name = ?1", [name], |r| r.get(0)).optional().ok()??;
-        let row: Value = serde_json::from_str(&data).ok()?;
-        let pid = |who: &str| i32::try_from(row["handle"][who]["pid"].as_i64()?).ok();
-        Some((pid("holder")?, pid("vmm")?))
+        let n: i64 = db.query_row("SELECT rowid FROM vm WHERE name = ?1", [name], |r| r.get(0)).ok()?;
+        Some(format!("vm.db vm {n}"))
     }
 
     /// Waits until `good` of operation `op`; looks about every two milliseconds, so that what is short is seen.

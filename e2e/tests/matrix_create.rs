@@ -60,7 +60,7 @@ fn host_key() {
 #[test]
 fn prepare_rootfs() {
     require_root!();
-    stage("prepare_rootfs", &[Break::NoSystemSeed]);
+    stage("prepare_rootfs", &[Break::NoSystemSeed, Break::DiskFull]);
 }
 
 #[test]
@@ -79,6 +79,14 @@ fn launch_vmm() {
 fn wait_guest() {
     require_root!();
     stage("wait_guest", &[Break::VmmDies, Break::HolderDies]);
+}
+
+#[test]
+fn a_guest_that_does_not_answer_in_time() {
+    require_root!();
+    let mut matrix = Matrix::start(|config| config.vm.boot_timeout_s = 2);
+    matrix.creates(&[Cell { stage: "wait_guest", fault: Fault::Break(Break::TooSlow), then: Then::Undo }]);
+    matrix.finish();
 }
 
 #[test]

@@ -34,7 +34,7 @@ impl Matrix {
     /// # Errors
     /// It has none.
     pub fn stop_vmm(&self, name: &str) -> Result<Stopped, String> {
-        let (_, vmm) = self.journal.handle(name).ok_or_else(|| format!("VM {name} has no VMM"))?;
+        let (_, vmm) = self.host.vmm_of(name).ok_or_else(|| format!("VM {name} has no VMM"))?;
         Stopped::new(vmm)
     }
 
@@ -43,7 +43,7 @@ impl Matrix {
     /// # Errors
     /// It has none.
     pub fn stop_holder(&self, name: &str) -> Result<Stopped, String> {
-        let (holder, _) = self.journal.handle(name).ok_or_else(|| format!("VM {name} has no holder"))?;
+        let (holder, _) = self.host.vmm_of(name).ok_or_else(|| format!("VM {name} has no holder"))?;
         Stopped::new(holder)
     }
 

@@ -7,6 +7,7 @@
 //!
 //! How a stage is held is in [`hold`]; how faults strike in [`strike`].
 
+mod ends;
 pub mod hold;
 pub mod strike;
 
@@ -104,11 +105,22 @@ impl Matrix {
     }
 
     /// Runs one cell and keeps its row; then looks for what is left.
-    #[expect(clippy::print_stdout, reason = "the test runner keeps it and shows it where a test fails")]
     pub fn row(&mut self, what: String, cell: impl FnOnce(&Self) -> Result<String, String>) {
+        self.row_beside(&[], what, cell);
+    }
+
+    /// The same while VMs `others` are there.
+    #[expect(clippy::print_stdout, reason = "the test runner keeps it and shows it where a test fails")]
+    fn row_beside(
+        &mut self,
+        others: &[&String],
+        what: String,
+        cell: impl FnOnce(&Self) -> Result<String, String>,
+    ) {
         let begun = Instant::now();
         let mut result = cell(self);
-        let left = self.host.left_after(CLEARED);
+        let others = others.iter().filter_map(|name| self.marks_of(name)).flatten().collect::<Vec<_>>();
+        let left = self.host.left_beside(&others, CLEARED);
         if !left.is_empty() {
             let list: Vec<String> = left.iter().map(ToString::to_string).collect();
             let so_far = result.clone().unwrap_or_else(|e| e);
@@ -124,6 +136,21 @@ impl Matrix {
             println!("{}", self.host.logs());
         }
         self.rows.push((what, result));
+    }
+
+    /// What is in the words of all that belongs to VM `name` while it runs.
+    fn marks_of(&self, name: &str) -> Option<Vec<String>> {
+        let shown = self.answer("GET", &format!("/v1/vms/{name}")).ok()?.body;
+        let lease = &shown["lease"];
+        let (holder, _) = self.host.vmm_of(name)?;
+        Some(vec![
+            shown["id"].as_str()?.replace('-', ""),
+            lease["tap"].as_str()?.to_owned(),
+            lease["address"].as_str()?.to_owned(),
+            format!("net.db lease {}", lease["slot"]),
+            format!("{holder} bothy-vmm"),
+            self.journal.row_of(name)?,
+        ])
     }
 
     /// One cell of the create.
@@ -185,6 +212,7 @@ impl Matrix {
     /// It was refused.
     pub fn begin_on(&self, name: &str, what: &str) -> Result<Begun, String> {
         let begun = match what {
+            "start" => self.gateway.accepted("POST", &format!("/v1/vms/{name}/start"), Some(&identity())),
             "delete" => self.gateway.accepted("DELETE", &format!("/v1/vms/{name}?force=true"), None),
             what => self.gateway.accepted("POST", &format!("/v1/vms/{name}/{what}"), Some(&json!({}))),
         }?;
@@ -372,6 +400,11 @@ impl Matrix {
         assert_eq!(bad, 0, "{bad} of {all} cells are bad\n{table}");
         self.host.finish();
     }
+}
+
+/// The body of a start, with something for `sync_identity` to do.
+fn identity() -> Value {
+    json!({ "identity": { "ssh_public_keys": [], "git_name": "A Tester", "git_email": "tester@example.org" } })
 }
 
 /// What a create of `name` asks for.

@@ -1,12 +1,13 @@
 //! The faults, and how each strikes an operation that is held in a stage.
 
-use super::{Begun, Cell, Matrix, Then, hold::Held};
+use super::{Begun, Cell, Matrix, hold::Held};
 use crate::{
     brake::{Hidden, Program, Sign},
     journal::Now,
 };
 use bothy_contract::Service;
 use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
@@ -57,6 +58,35 @@ pub enum Break {
     BadKey,
     /// The image waits for a service that never comes up.
     DeadPort,
+    /// The file system that disks are made on is full.
+    DiskFull,
+    /// The guest does not answer in time.
+    TooSlow,
+}
+
+impl Break {
+    /// Whether a failure of `stage` is this one's, where it was to hit `cell`. Both disks' stages look at the whole image
+    /// and at the same file system, and run side by side: either may be the first to fail.
+    fn fails(self, cell: &Cell, stage: &str) -> bool {
+        let disks = ["prepare_rootfs", "prepare_work_disk"];
+        stage == cell.stage || (disks.contains(&cell.stage) && disks.contains(&stage))
+    }
+
+    /// What the error says, so that it is known why it failed.
+    fn says(self) -> &'static str {
+        match self {
+            Break::NoManifest | Break::NoSystemSeed | Break::NoWorkSeed => "is missing",
+            Break::TornRootfs => "is torn",
+            Break::SubnetFull => "are taken",
+            Break::NoKeygen => "ssh-keygen",
+            Break::NoVmm => "the VMM did not start",
+            Break::VmmDies | Break::HolderDies => "",
+            Break::BadKey => "an ssh public key is damaged",
+            Break::DeadPort => "nobody",
+            Break::DiskFull => "No space left",
+            Break::TooSlow => "took longer than",
+        }
+    }
 }
 
 impl fmt::Display for Fault {
@@ -76,10 +106,13 @@ impl Fault {
         let error = now.error.as_deref().unwrap_or_default();
         let good = match self {
             Fault::Cancel => now.state == "cancelled",
-            // A stage that could not go on may fail. It must not end in success if it was told to stop after it.
-            Fault::Kill(_) | Fault::DropBus => cell.then == Then::Ready || now.state != "succeeded",
-            Fault::Break(_) => {
-                now.state == "failed" && error.contains(&format!("stage {} failed", cell.stage))
+            // A stage that could not go on may fail; one that was the last may end in success before it is cancelled.
+            Fault::Kill(_) | Fault::DropBus => true,
+            Fault::Break(what) => {
+                let stage = error.strip_prefix("stage ").and_then(|rest| Some(rest.split_once(" failed")?.0));
+                now.state == "failed"
+                    && stage.is_some_and(|stage| what.fails(cell, stage))
+                    && error.contains(what.says())
             }
         };
         let undone = !error.contains("moreover");
@@ -95,6 +128,29 @@ pub struct Struck {
     hidden: Option<Hidden>,
     sign: Option<Sign>,
     planted: Option<PathBuf>,
+    mounted: Option<Mounted>,
+    held: Option<Held>,
+}
+
+/// A small file system over a directory.
+#[derive(Debug)]
+struct Mounted(PathBuf);
+
+impl Mounted {
+    /// One that a few blocks fill.
+    fn new(place: PathBuf) -> Result<Self, String> {
+        let tmpfs = Some("tmpfs");
+        // The mode of the directory below: VMMs pass through it.
+        mount(tmpfs, &place, tmpfs, MsFlags::empty(), Some("size=64k,mode=711"))
+            .map_err(|e| format!("cannot mount a tmpfs on {}: {e}", place.display()))?;
+        Ok(Self(place))
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
 }
 
 impl Drop for Struck {
@@ -122,14 +178,17 @@ impl Matrix {
             Fault::Break(what) => self.break_stage(what, begun, &mut struck)?,
         }
         struck.goes_on = matches!(fault, Fault::Kill(_) | Fault::DropBus);
-        drop(held);
+        match fault {
+            Fault::Break(Break::TooSlow) => struck.held = Some(held),
+            _ => drop(held),
+        }
         Ok(struck)
     }
 
     fn break_stage(&self, what: Break, begun: &Begun, struck: &mut Struck) -> Result<(), String> {
         let image = self.host.config.service_dir(Service::Image).join("store/images/debian");
         let signal = |pid| kill(Pid::from_raw(pid), Signal::SIGKILL).map_err(|e| e.to_string());
-        let handle = || self.journal.handle(&begun.name).ok_or("it has no VMM");
+        let handle = || self.host.vmm_of(&begun.name).ok_or("it has no VMM");
         match what {
             Break::NoManifest => struck.hidden = Some(Hidden::new(&image.join("manifest.json"))?),
             Break::NoSystemSeed => struck.hidden = Some(Hidden::new(&image.join("system-seed.ext4"))?),
@@ -144,8 +203,12 @@ impl Matrix {
             Break::NoVmm => struck.sign = Some(self.gates.fail(Program::Qemu)),
             Break::VmmDies => signal(handle()?.1)?,
             Break::HolderDies => signal(handle()?.0)?,
-            // In what was asked for.
-            Break::BadKey | Break::DeadPort | Break::SubnetFull => {}
+            Break::DiskFull => {
+                let disks = self.host.config.service_dir(Service::Image).join("disks");
+                struck.mounted = Some(Mounted::new(disks)?);
+            }
+            // In what was asked for, or in how long the stage is held.
+            Break::BadKey | Break::DeadPort | Break::SubnetFull | Break::TooSlow => {}
         }
         Ok(())
     }
