@@ -70,6 +70,7 @@ async fn open(agent: Agent, stream: Stream, redeemed: Redeemed) {
                 Err(e) => return redeemed.refuse(&e).await,
             };
             let mut guest = guest;
+            let _used = agent.activity.stream(vm);
             if let Ok(mut caller) = redeemed.accept().await {
                 // Either side may go at any time; the end of the stream tells the other.
                 drop(copy_bidirectional_with_sizes(&mut caller, &mut guest, BUFFER, BUFFER).await);

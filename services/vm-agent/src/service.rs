@@ -112,22 +112,25 @@ impl Service {
             Some(name) => name.clone(),
             None => free_name(vm)?,
         };
-        let CreateVm { spec, owner, .. } = ask;
+        let CreateVm { spec, owner, force } = ask;
         let facts = Facts {
             egress: spec.reaches(),
             publish: spec.publish.clone(),
             ..Facts::new(vm, name.clone(), owner, spec.image.clone(), spec.shape.clone())
         };
-        let machine_id = facts.machine_id.clone();
+        let (asked_mib, machine_id) = (spec.shape.memory_mib, facts.machine_id.clone());
         let input = serde_json::to_value(BootInput { name: name.clone(), spec, machine_id })
             .map_err(|e| Error::internal("cannot keep the request", &e))?;
         let new = machine::new(CREATE, vm, &name, owner, Some(cx.request_id), input);
-        let most = self.agent.config.vm.max_per_user;
+        let host = self.agent.clone();
         let begun = self
             .ops
             .begin(new, move |tx, op| {
+                if !force {
+                    host.admit(tx, vm, asked_mib)?;
+                }
                 let row = Vm { facts: Facts { busy: Some(op.id), ..facts }, phase: Phase::Reserved };
-                store::insert(tx, &row, most)
+                store::insert(tx, &row, host.config.vm.max_per_user)
             })
             .await?;
         if !begun.repeated {
@@ -182,7 +185,10 @@ async fn host(agent: &Agent) -> Result<VmHost, Error> {
         accelerator,
         accelerator_reason,
         driver_reason: choice.reason.clone(),
-        limits: String::new(),
+        limits: match &agent.cgroups {
+            Ok(groups) => groups.describe(),
+            Err(why) => format!("none: {why}"),
+        },
         running: u32::try_from(vms.iter().filter(|vm| vm.phase.live().is_some()).count()).unwrap_or(u32::MAX),
         total: u32::try_from(vms.len()).unwrap_or(u32::MAX),
     })

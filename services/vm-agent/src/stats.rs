@@ -7,7 +7,11 @@ use bothy_contract::{
     methods::ImageDisksUsage,
     usage::{GetVmStats, PortList, VmStats, VmStatsList},
 };
-use std::{collections::BTreeMap, time::Duration};
+use bothy_vm_agent::host::usage::{self, ProcessUsage, Traffic};
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Duration,
+};
 use tokio::time::timeout;
 
 /// The most VMs that one question may be about.
@@ -29,11 +33,17 @@ pub(crate) async fn show(agent: &Agent, ask: GetVmStats) -> Result<VmStatsList, 
         tracing::debug!(%error, "the disks' usage is not known");
         BTreeMap::new()
     });
-    let stats = ask.vms.into_iter().map(|vm| one(agent, vm, disks.get(&vm).copied()));
+    let traffic = usage::traffic();
+    let stats = ask.vms.into_iter().map(|vm| one(agent, vm, &traffic, disks.get(&vm).copied()));
     Ok(VmStatsList { stats: futures::future::join_all(stats).await.into_iter().flatten().collect() })
 }
 
-async fn one(agent: &Agent, vm: VmId, disks: Option<DiskUsage>) -> Option<VmStats> {
+async fn one(
+    agent: &Agent,
+    vm: VmId,
+    traffic: &HashMap<String, Traffic>,
+    disks: Option<DiskUsage>,
+) -> Option<VmStats> {
     let row = agent.db.read(move |c| store::find(c, vm)).await.ok().flatten()?;
     let mut stats = VmStats {
         vm,
@@ -48,6 +58,16 @@ async fn one(agent: &Agent, vm: VmId, disks: Option<DiskUsage>) -> Option<VmStat
         guest: None,
     };
     if let Phase::Live(live) = &row.phase {
+        if let Some(usage) = ProcessUsage::read(live.vmm.handle.vmm) {
+            stats.uptime_s = Some(usage.uptime.as_secs());
+            stats.cpu_us = u64::try_from(usage.cpu.as_micros()).ok();
+            stats.cpu_percent = agent.sampler.percent(vm, usage.cpu);
+            stats.memory_bytes = Some(usage.resident);
+        }
+        if let Some(traffic) = traffic.get(&live.place.lease.tap) {
+            stats.received_bytes = Some(traffic.received);
+            stats.sent_bytes = Some(traffic.sent);
+        }
         let guest = live.guest(&agent.config, vm);
         match timeout(GUEST, guest.metrics()).await {
             Ok(Ok(told)) => stats.guest = Some(told),

@@ -1,117 +1,26 @@
 //! The real `bothy-vmm` with a real QEMU, paused before its first instruction: all that a holder does but the guest's part.
 #![expect(clippy::unwrap_used, reason = "tests may panic")]
 
-use bothy_contract::{Code, VmId};
-use bothy_testkit::TempDir;
+mod host;
+
+use bothy_contract::Code;
 use bothy_vm_agent::vmm::{
     LaunchSpec, Verb,
     holder::Holder,
     launching,
-    wire::{self, HolderHandle, State},
+    wire::{self, State},
 };
+use host::{Host, LONG, UID, gone, pid, program};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 use serde_json::json;
-use std::{
-    os::unix::fs::{MetadataExt, PermissionsExt},
-    path::{Path, PathBuf},
-    process::Stdio,
-    time::Duration,
-};
+use std::{os::unix::fs::MetadataExt, path::PathBuf, process::Stdio, time::Duration};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     time::timeout,
 };
-
-const LONG: Duration = Duration::from_secs(60);
-const UID: u32 = 789_123;
-
-fn program() -> &'static Path {
-    Path::new(env!("CARGO_BIN_EXE_bothy-vmm"))
-}
-
-/// A directory for holders, and no process left in it afterwards.
-struct Host {
-    dir: TempDir,
-    started: std::cell::RefCell<Vec<HolderHandle>>,
-}
-
-impl Host {
-    fn new() -> Self {
-        let dir = bothy_testkit::temp_dir();
-        // Holders' directories are in one that every VM's user may pass through.
-        fs_err::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o711)).unwrap();
-        Self { dir, started: std::cell::RefCell::default() }
-    }
-
-    fn spec(&self) -> LaunchSpec {
-        let vm = VmId::new();
-        let dir = self.dir.path().join(&vm.to_string()[24..]);
-        let socket =
-            |name: &str| format!("socket,id={},path={},server=off", &name[..3], dir.join(name).display());
-        let mut argv: Vec<String> =
-            "qemu-system-x86_64 -accel tcg -M microvm -m 64 -nodefaults -no-user-config -display none \
-             -no-reboot -S -serial stdio -device virtio-serial-device,id=serial"
-                .split_whitespace()
-                .map(str::to_owned)
-                .collect();
-        for (name, device) in [
-            (wire::CONTROL_SOCKET, "virtserialport,bus=serial.0,nr=1,chardev=con,name=bothy.control"),
-            (wire::BULK_SOCKET, "virtserialport,bus=serial.0,nr=2,chardev=bul,name=bothy.bulk"),
-        ] {
-            argv.extend(["-chardev".into(), socket(name), "-device".into(), device.into()]);
-        }
-        argv.extend([
-            "-chardev".into(),
-            socket(wire::QMP_SOCKET),
-            "-mon".into(),
-            "chardev=qmp,mode=control".into(),
-        ]);
-        LaunchSpec {
-            vm,
-            vmm: "qemu-microvm test".into(),
-            dir,
-            argv,
-            monitor: wire::Monitor::Qmp,
-            tap: None,
-            uid: UID,
-            gid: UID,
-            groups: vec![],
-        }
-    }
-
-    async fn launch(&self, spec: &LaunchSpec) -> (Holder, HolderHandle) {
-        let (holder, running) = timeout(LONG, Holder::launch(program(), spec)).await.unwrap().unwrap();
-        let handle = running.handle;
-        self.started.borrow_mut().push(handle);
-        (holder, handle)
-    }
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        for handle in self.started.borrow().iter() {
-            if handle.holder.is_alive() {
-                let _ = kill(pid(handle.holder.pid), Signal::SIGKILL);
-            }
-        }
-    }
-}
-
-fn pid(pid: u32) -> Pid {
-    Pid::from_raw(i32::try_from(pid).unwrap())
-}
-
-async fn gone(handle: HolderHandle) {
-    timeout(LONG, async {
-        Holder::gone(handle.vmm).await.unwrap();
-        Holder::gone(handle.holder).await.unwrap();
-    })
-    .await
-    .unwrap();
-}
 
 fn status_field(pid: u32, name: &str) -> String {
     let text = fs_err::read_to_string(format!("/proc/{pid}/status")).unwrap();
@@ -212,7 +121,7 @@ async fn no_vmm_outlives_its_holder_and_a_holder_outlives_whoever_launched_it() 
     let wire::Launched::Running(wire::Running { handle, .. }) = serde_json::from_slice(&said).unwrap() else {
         panic!("{said:?}")
     };
-    host.started.borrow_mut().push(handle);
+    host.note(handle);
     kill(Pid::from_raw(-i32::try_from(agent.id().unwrap()).unwrap()), Signal::SIGKILL).unwrap();
     agent.wait().await.unwrap();
     let holder = Holder::new(&spec.dir, UID);
@@ -395,7 +304,7 @@ async fn an_undo_waits_for_the_launch_under_way_and_leaves_nothing() {
     let undo = async {
         let quiet = holder.quiet().await.unwrap().expect("the launch's lock file");
         let handle = holder.status().await.expect("the holder is found").handle;
-        host.started.borrow_mut().push(handle);
+        host.note(handle);
         assert!(handle.vmm.is_alive());
         holder.kill(9).await.unwrap();
         gone(handle).await;

@@ -18,18 +18,19 @@ use bothy_contract::{
         NetLeaseRelease, WorkspaceIdentitySync,
     },
     net::{AcquireLease, Egress, Lease, ReleaseLease},
-    vm::VmSpec,
+    vm::{Shape, VmSpec},
     workspace::{Identity, SyncIdentity},
 };
 use bothy_guest_proto::v1::HealthReply;
 use bothy_ops::{Graph, Output, StageCx, UndoCx};
+use bothy_vm_agent::host::cgroup::Bounds;
 use bothy_vm_agent::vmm::{
-    Accel, VmPlan,
+    Accel, LaunchSpec, VmPlan,
     holder::Holder,
     wire::{self, HolderHandle},
 };
 use serde::{Deserialize, Serialize};
-use std::{os::unix::fs::MetadataExt, time::Duration};
+use std::{os::unix::fs::MetadataExt, path::PathBuf, time::Duration};
 
 /// How long the guest may take to become what it is told to be.
 const PERSONALISE: Duration = Duration::from_secs(120);
@@ -244,7 +245,8 @@ async fn launch(
                 accel,
                 tsc_khz: agent.tsc_khz,
             };
-            let launch = driver.launch_spec(&plan)?;
+            let launch =
+                LaunchSpec { cgroup: cgroup(&agent, vm, &spec.shape, accel)?, ..driver.launch_spec(&plan)? };
             let (_, running) = Holder::launch(&agent.program, &launch).await?;
             (running.handle, Some(running.vmm_started))
         }
@@ -262,6 +264,12 @@ async fn launch(
         None => process,
     });
     Ok(handle)
+}
+
+/// The control group of `vm`, made, where this host has such.
+fn cgroup(agent: &Agent, vm: VmId, shape: &Shape, accel: Accel) -> Result<Option<PathBuf>, Error> {
+    let groups = agent.cgroups.as_ref().ok();
+    groups.map(|groups| groups.create(vm, &Bounds::of(shape, accel))).transpose()
 }
 
 /// The group that the VM's user must be in to open `/dev/kvm`.

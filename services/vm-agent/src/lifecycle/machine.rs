@@ -1,9 +1,14 @@
 //! One task per VM, its **machine**: it takes what is asked of the VM from a bounded queue, one after the other, and is the
-//! only one that begins operations on it; it waits for the end of the VMM (a pidfd, so without polling) and notes it. It keeps nothing of its own: before each step it reads the row.
+//! only one that begins operations on it; it waits for the end of the VMM (a pidfd, so without polling) and notes it; it
+//! stops a VM that nobody has used for long. It keeps nothing of its own: before each step it reads the row.
 
-use super::{Agent, ask::Ask, boot};
+use super::{
+    Agent,
+    ask::{Ask, StopInput},
+    boot, idle,
+};
 use crate::store::{self, Vm};
-use bothy_contract::{Code, Error, OpId, RequestId, VmId, VmName};
+use bothy_contract::{Code, Error, OpId, RequestId, VmId, VmName, vm::VmState};
 use bothy_ops::{Begun, New, Ops};
 use bothy_vm_agent::vmm::{holder::Holder, wire::HolderHandle};
 use std::{
@@ -16,6 +21,8 @@ use tracing::{Instrument, Span};
 
 /// Requests that wait for one VM; more are refused.
 const QUEUE: usize = 16;
+/// How long the guest of an unused VM may take to power off, in milliseconds.
+const IDLE_GRACE_MS: u64 = 10_000;
 /// The pause after something failed that should not.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -120,19 +127,48 @@ impl Machine {
                     Some(Request::Look) => {}
                     None => break,
                 },
+                why = self.idle(&row) => self.stop_idle(&row, why).await,
                 ended = gone(handle) => self.note_exit(ended).await,
                 () = self.ended(row.facts.busy) => {}
                 boot_id = self.boot_id(&row) => self.note_boot_id(boot_id).await,
             }
         }
         self.agent.machines.map().remove(&self.vm);
+        self.agent.activity.forget(self.vm);
     }
 
     /// Begins an operation, if the row allows it at that moment.
     async fn begin(&self, row: &Vm, ask: Ask, request: Option<RequestId>) -> Result<Begun, Error> {
         let (vm, facts) = (self.vm, &row.facts);
         let new = new(ask.kind(), vm, &facts.name, facts.owner, request, ask.input(row)?);
-        self.ops.begin(new, move |tx, op| store::update(tx, vm, |row| ask.grant(row, op.id))).await
+        let host = self.agent.clone();
+        self.ops
+            .begin(new, move |tx, op| {
+                if let Ask::Start { force: false, .. } = &ask {
+                    host.admit(tx, vm, store::get(tx, vm)?.facts.shape.memory_mib)?;
+                }
+                store::update(tx, vm, |row| ask.grant(row, op.id))
+            })
+            .await
+    }
+
+    /// Returns, with the reason to stop it, once nobody has used a running VM for as long as the host allows.
+    async fn idle(&self, row: &Vm) -> String {
+        match (row.phase.live(), row.facts.state) {
+            (Some(live), VmState::Running) if row.facts.busy.is_none() => {
+                idle::unused(&self.agent, self.vm, &live.place.lease.tap).await
+            }
+            _ => std::future::pending().await,
+        }
+    }
+
+    async fn stop_idle(&self, row: &Vm, why: String) {
+        tracing::info!(why, "stopping a VM that nobody uses");
+        let ask = Ask::Stop(StopInput { grace_ms: IDLE_GRACE_MS, why: Some(why) });
+        if let Err(error) = self.begin(row, ask, None).await {
+            tracing::warn!(%error, "cannot stop a VM that nobody uses");
+            tokio::time::sleep(PAUSE).await;
+        }
     }
 
     /// Returns once `op` has ended; never where there is none.

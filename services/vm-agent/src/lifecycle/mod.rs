@@ -8,7 +8,7 @@
 //!       |                     | done    ^  | done                   |                 | itself off
 //!       |                     v  restart|  v                        |                 |
 //!       |                     '------> Running -- stop, kill --> Stopping             |
-//!       |                             |  |  ^                                        |
+//!       |                             |  |  ^  \_ idle: its machine begins the stop   |
 //!       |                             |  |  '- set, which moves nothing              |
 //!       |                             |  '--------------------------------------------'
 //!       |              the VMM died   |
@@ -18,18 +18,21 @@
 //!                  '---------- Stopped, or Running with force
 //! ```
 //! Who moves what: each VM has a **machine** ([`machine`]), one task with a bounded queue. It alone begins operations on its
-//! VM, one at a time, if [`state::grant`] says so; it waits for the end of the VMM and notes it. What an **operation** makes of its VM is settled in the transaction that ends it ([`kinds`]). A VMM's exit
+//! VM, one at a time, if [`state::grant`] says so; it waits for the end of the VMM and notes it; and it stops a VM that nobody
+//! uses ([`idle`]). What an **operation** makes of its VM is settled in the transaction that ends it ([`kinds`]). A VMM's exit
 //! moves only a VM that is `Running`, for in every other state an operation is at work that sees the exit itself. Beside its
 //! state a VM has a [`crate::phase::Phase`]: what there is of it. Each move reads and writes the row in one transaction.
 //!
 //! A VMM is the child of its holder, not of the agent. So at start [`recover()`] asks every VM's holder whether it lives,
 //! adopts those that do, whatever the row says, and reads how the others ended.
 
+mod admission;
 pub(crate) mod ask;
 pub(crate) mod boot;
 pub(crate) mod end;
 pub(crate) mod files;
 pub(crate) mod guest;
+pub(crate) mod idle;
 pub(crate) mod kinds;
 pub(crate) mod machine;
 mod recover;
@@ -51,6 +54,7 @@ use bothy_contract::{
     methods::ImageResolve,
 };
 use bothy_db::Db;
+use bothy_vm_agent::host::{cgroup::Cgroups, usage::Sampler};
 use bothy_vm_agent::vmm::{
     Choice, Host, choose, clock,
     holder::{self, Holder},
@@ -58,6 +62,7 @@ use bothy_vm_agent::vmm::{
     wire::HolderHandle,
 };
 use fs_err as fs;
+use idle::Activity;
 use std::{os::unix::fs::PermissionsExt, path::PathBuf, sync::Arc, time::Duration};
 use tokio::sync::OnceCell;
 
@@ -87,6 +92,12 @@ pub(crate) struct Shared {
     program: PathBuf,
     /// The tasks of the VMs.
     pub(crate) machines: machine::Machines,
+    /// Where each VM's processes are bounded, or why nowhere.
+    pub(crate) cgroups: Result<Cgroups, String>,
+    /// What the processors do for each VM.
+    pub(crate) sampler: Sampler,
+    /// When each VM was last used.
+    pub(crate) activity: Activity,
 }
 
 impl std::ops::Deref for Agent {
@@ -109,8 +120,24 @@ impl Agent {
         let tsc_khz = tokio::task::spawn_blocking(clock::tsc_khz)
             .await
             .map_err(|e| Error::internal("cannot measure the clock", &e))?;
-        let (program, machines) = (holder::program()?, machine::Machines::default());
-        Ok(Self(Arc::new(Shared { config, db, bus, provisional, settled, tsc_khz, program, machines })))
+        let cgroups = Cgroups::find();
+        match &cgroups {
+            Ok(groups) => tracing::info!("VMs are bounded by {}", groups.describe()),
+            Err(why) => tracing::info!("VMs are not bounded: {why}"),
+        }
+        Ok(Self(Arc::new(Shared {
+            config,
+            db,
+            bus,
+            provisional,
+            settled,
+            tsc_khz,
+            program: holder::program()?,
+            machines: machine::Machines::default(),
+            cgroups,
+            sampler: Sampler::default(),
+            activity: Activity::default(),
+        })))
     }
 
     /// The agent's own directory.
@@ -196,6 +223,10 @@ impl Agent {
     async fn remove_holder(&self, vm: VmId) -> Result<(), Error> {
         // Kept to the end: nothing may move in between the look and the removal.
         let quiet = self.quieten(vm).await?;
+        // Whoever broke out of the VMM, and runs as its user, ends here too: the next VM may have the same user.
+        if let Ok(cgroups) = &self.cgroups {
+            cgroups.remove(vm).await?;
+        }
         files::remove_tree(&self.config.holder_dir(vm))?;
         quiet.map_or(Ok(()), Quiet::remove)
     }

@@ -198,6 +198,7 @@ impl Driver for QemuMicrovm {
             uid: plan.uid,
             gid: plan.uid,
             groups: plan.groups.clone(),
+            cgroup: None,
         })
     }
 

@@ -67,6 +67,9 @@ pub struct LaunchSpec {
     pub gid: u32,
     /// Their further groups.
     pub groups: Vec<u32>,
+    /// `cgroup.procs` of the control group that they are started in, where there is one.
+    #[serde(default)]
+    pub cgroup: Option<PathBuf>,
 }
 
 /// How the holder talks to a VMM.
@@ -257,6 +260,7 @@ mod tests {
             uid: 780_000,
             gid: 780_000,
             groups: vec![],
+            cgroup: None,
         }
     }
 

@@ -41,6 +41,7 @@ fn launch(parent: i32) -> Result<Launched, Error> {
     let lock = launching::take(&spec.dir, parent)?;
     let tap = spec.tap.is_some().then(Tap::open).transpose()?;
     make_directory(&spec)?;
+    enter_cgroup(&spec)?;
     become_user(&spec)?;
     if let (Some(tap), Some(name)) = (tap, &spec.tap) {
         let number = tap.attach(name)?.to_string();
@@ -96,6 +97,12 @@ fn clear(dir: &Path) -> Result<(), Error> {
         }
     }
     fs_err::remove_dir_all(dir).map_err(os_error("cannot remove an earlier holder's directory"))
+}
+
+/// Moves this process, and with it all that it starts, into the VM's control group (cgroups(7)).
+fn enter_cgroup(spec: &LaunchSpec) -> Result<(), Error> {
+    let Some(procs) = &spec.cgroup else { return Ok(()) };
+    fs_err::write(procs, std::process::id().to_string()).map_err(os_error("cannot enter the VM's cgroup"))
 }
 
 /// Gives up everything but the VM's user: groups, user, and the capabilities that an agent which is not root has.

@@ -184,6 +184,7 @@ impl Driver for Firecracker {
             uid: plan.uid,
             gid: plan.uid,
             groups: plan.groups.clone(),
+            cgroup: None,
         })
     }
 

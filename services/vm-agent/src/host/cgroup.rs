@@ -1,0 +1,266 @@
+//! A control group per VM (cgroups(7), version 2): the bounds of holder and VMM, and a way to end all of a VM's processes
+//! for sure. A group's name follows from its VM, `bothy-vm-<id>`, so it is found and removed where every record is lost.
+//!
+//! Groups are made below the agent's own, which systemd has delegated to it (`Delegate=`), or which is the agent's as root.
+//! Which bounds there are depends on the controllers that the parent has; without any the groups still end processes.
+
+use super::{MIB, memory::overhead_mib};
+use crate::vmm::Accel;
+use bothy_contract::{Error, VmId, vm::Shape};
+use std::{
+    io::{self, ErrorKind},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+/// The controllers that bound a VM.
+const WANTED: [&str; 4] = ["cpu", "memory", "pids", "io"];
+/// The prefix of a group's name.
+const PREFIX: &str = "bothy-vm-";
+/// The group that the agent itself goes to, since a group with processes can have no controllers in groups below it.
+const OWN: &str = "agent";
+/// Threads of the VMM beside the guest's processors, the holder's, and some to spare.
+const TASKS: u32 = 128;
+/// How often and how long removal waits for the last process of a killed group to be gone.
+const TRIES: u32 = 100;
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// Where VMs' groups are, and which controllers they have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cgroups {
+    parent: PathBuf,
+    controllers: Vec<&'static str>,
+}
+
+impl Cgroups {
+    /// The place for VMs' groups on this host, made ready.
+    ///
+    /// # Errors
+    /// Why there is none, in words.
+    pub fn find() -> Result<Self, String> {
+        let read = |path: &str| fs_err::read_to_string(path).map_err(|e| e.to_string());
+        let mount = mount_point(&read("/proc/self/mountinfo")?).ok_or("cgroup v2 is not mounted")?;
+        let groups = read("/proc/self/cgroup")?;
+        let own = own_group(&groups).ok_or("this process is in no cgroup v2")?;
+        let own = mount.join(own.trim_start_matches('/'));
+        let parent = match own.file_name() {
+            Some(name) if name == OWN => own.parent().unwrap_or(&own).to_owned(),
+            _ => own,
+        };
+        Self::below(&parent, parent == mount)
+    }
+
+    /// The same for groups below `parent`; only the `root` of the hierarchy may have processes of its own too.
+    fn below(parent: &Path, root: bool) -> Result<Self, String> {
+        let probe = parent.join(format!("{PREFIX}probe-{}", std::process::id()));
+        fs_err::create_dir(&probe).map_err(|e| format!("its cgroup is not delegated to the agent: {e}"))?;
+        fs_err::remove_dir(&probe).map_err(|e| e.to_string())?;
+        let there = fs_err::read_to_string(parent.join("cgroup.controllers")).map_err(|e| e.to_string())?;
+        let controllers: Vec<_> =
+            WANTED.into_iter().filter(|c| there.split_ascii_whitespace().any(|t| t == *c)).collect();
+        let groups = Self { parent: parent.to_owned(), controllers };
+        if groups.controllers.is_empty() {
+            return Ok(groups);
+        }
+        if !root {
+            groups.make_way().map_err(|e| format!("cannot move the agent into a cgroup of its own: {e}"))?;
+        }
+        let enable: Vec<_> = groups.controllers.iter().map(|c| format!("+{c}")).collect();
+        fs_err::write(parent.join("cgroup.subtree_control"), enable.join(" "))
+            .map_err(|e| format!("cannot give VMs' cgroups their controllers: {e}"))?;
+        Ok(groups)
+    }
+
+    /// Moves this process out of the parent.
+    fn make_way(&self) -> io::Result<()> {
+        let own = self.parent.join(OWN);
+        make_dir(&own)?;
+        fs_err::write(own.join("cgroup.procs"), std::process::id().to_string())
+    }
+
+    /// How VMs are bounded, for people.
+    pub fn describe(&self) -> String {
+        let bounds = match self.controllers.as_slice() {
+            [] => "no controller is there, so nothing is bounded".to_owned(),
+            some => some.join(", "),
+        };
+        format!("cgroup v2 below {} ({bounds})", self.parent.display())
+    }
+
+    fn group(&self, vm: VmId) -> PathBuf {
+        self.parent.join(format!("{PREFIX}{vm}"))
+    }
+
+    /// Makes the group of `vm`, or sets the bounds of the one that is there. A process enters it by writing its id to the
+    /// file that this returns.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn create(&self, vm: VmId, bounds: &Bounds) -> Result<PathBuf, Error> {
+        let group = self.group(vm);
+        let failed = |e: io::Error| Error::internal(format!("cannot make the cgroup of VM {vm}"), &e);
+        make_dir(&group).map_err(failed)?;
+        for (file, value) in bounds.files(&self.controllers) {
+            // A controller may be there without all of its files: io.weight takes a scheduler that knows weights.
+            if !group.join(file).exists() {
+                continue;
+            }
+            fs_err::write(group.join(file), value).map_err(failed)?;
+        }
+        Ok(group.join("cgroup.procs"))
+    }
+
+    /// Ends every process of the group of `vm` and removes it. One that is not there is not an error.
+    ///
+    /// # Errors
+    /// A process does not end.
+    pub async fn remove(&self, vm: VmId) -> Result<(), Error> {
+        let group = self.group(vm);
+        let mut tries = 0;
+        loop {
+            match fs_err::remove_dir(&group) {
+                Ok(()) => return Ok(()),
+                Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+                Err(e) if tries == TRIES => {
+                    return Err(Error::internal(format!("cannot remove the cgroup of VM {vm}"), &e));
+                }
+                // EBUSY: processes are in it.
+                Err(_) => {}
+            }
+            match fs_err::write(group.join("cgroup.kill"), "1") {
+                Ok(()) => {}
+                Err(e) if e.kind() == ErrorKind::NotFound && !group.exists() => return Ok(()),
+                // Kernels before 5.14 have no cgroup.kill; the processes are killed one by one by their holder.
+                Err(e) => tracing::debug!(bothy.vm.id = %vm, error = %e, "cannot kill a cgroup"),
+            }
+            tries += 1;
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    /// The VMs that have a group.
+    ///
+    /// # Errors
+    /// The hierarchy cannot be read.
+    pub fn list(&self) -> Result<Vec<VmId>, Error> {
+        let failed = |e: io::Error| Error::internal("cannot list the VMs' cgroups", &e);
+        let mut vms = Vec::new();
+        for entry in fs_err::read_dir(&self.parent).map_err(failed)? {
+            let name = entry.map_err(failed)?.file_name();
+            vms.extend(name.to_str().and_then(|n| n.strip_prefix(PREFIX)?.parse::<VmId>().ok()));
+        }
+        vms.sort();
+        Ok(vms)
+    }
+}
+
+fn make_dir(path: &Path) -> io::Result<()> {
+    match fs_err::create_dir(path) {
+        Err(e) if e.kind() == ErrorKind::AlreadyExists => Ok(()),
+        made => made,
+    }
+}
+
+/// The bounds of one VM's processes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bounds {
+    memory: u64,
+    cpus: u32,
+}
+
+impl Bounds {
+    /// Those of a VM of `shape`. They are to keep a VMM that has gone wild from the others, not to be felt by a guest at
+    /// work: beside the guest's memory there is room for the VMM, under TCG for all the translated code that it may keep
+    /// (QEMU's `tb-size`, at most 1 GiB), and beside the guest's processors one for the VMM's own threads.
+    pub fn of(shape: &Shape, accel: Accel) -> Self {
+        let code_mib = match accel {
+            Accel::Kvm => 0,
+            Accel::Tcg => 1024,
+        };
+        let mib = shape.memory_mib + 2 * overhead_mib(accel) + code_mib;
+        Self { memory: mib * MIB, cpus: shape.cpus + 1 }
+    }
+
+    /// The files of a group with these `controllers`, and what goes into them.
+    fn files(&self, controllers: &[&str]) -> Vec<(&'static str, String)> {
+        let all = [
+            // One hundredth of a second at a time, as many as there are processors.
+            ("cpu", "cpu.max", format!("{} 100000", u64::from(self.cpus) * 100_000)),
+            ("memory", "memory.max", self.memory.to_string()),
+            // A VM of which a part was killed is of no use.
+            ("memory", "memory.oom.group", "1".to_owned()),
+            ("pids", "pids.max", (self.cpus + TASKS).to_string()),
+            // Each VM the same share of a disk.
+            ("io", "io.weight", "default 100".to_owned()),
+        ];
+        all.into_iter()
+            .filter(|(controller, ..)| controllers.contains(controller))
+            .map(|(_, file, value)| (file, value))
+            .collect()
+    }
+}
+
+/// Where cgroup v2 is mounted, from `/proc/self/mountinfo` (proc_pid_mountinfo(5)).
+fn mount_point(mountinfo: &str) -> Option<PathBuf> {
+    mountinfo.lines().find_map(|line| {
+        let (left, right) = line.split_once(" - ")?;
+        let is_v2 = right.split(' ').next() == Some("cgroup2");
+        is_v2.then(|| left.split(' ').nth(4).map(PathBuf::from))?
+    })
+}
+
+/// This process' group in version 2's hierarchy, from `/proc/self/cgroup`.
+fn own_group(cgroup: &str) -> Option<&str> {
+    cgroup.lines().find_map(|line| line.strip_prefix("0::"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bothy_testkit::require_root;
+
+    #[test]
+    fn the_place_is_read_from_proc() {
+        let mountinfo = "25 1 0:22 / /sys rw shared:7 - sysfs sysfs rw\n\
+            30 25 0:26 / /sys/fs/cgroup/unified rw,nosuid shared:9 - cgroup2 cgroup2 rw\n";
+        assert_eq!(mount_point(mountinfo), Some("/sys/fs/cgroup/unified".into()));
+        assert_eq!(mount_point("25 1 0:22 / /sys rw - sysfs sysfs rw\n"), None);
+        assert_eq!(own_group("4:cpu:/x\n0::/system.slice/a.service\n"), Some("/system.slice/a.service"));
+        assert_eq!(own_group("4:cpu:/x\n"), None);
+    }
+
+    #[test]
+    fn bounds_are_wider_than_the_guest_and_only_what_the_host_can() {
+        let shape = Shape { cpus: 2, memory_mib: 512, ..Shape::default() };
+        let (kvm, tcg) = (Bounds::of(&shape, Accel::Kvm), Bounds::of(&shape, Accel::Tcg));
+        assert!(kvm.memory > 512 * MIB && tcg.memory > kvm.memory + 1024 * MIB);
+        let files = kvm.files(&WANTED);
+        let value = |file: &str| files.iter().find(|(name, _)| *name == file).map(|(_, v)| v.as_str());
+        assert_eq!(value("cpu.max"), Some("300000 100000"));
+        assert_eq!(value("memory.max"), Some((608 * MIB).to_string().as_str()));
+        assert_eq!(value("pids.max"), Some("131"));
+        assert_eq!(kvm.files(&["pids"]).len(), 1);
+        assert!(kvm.files(&[]).is_empty());
+    }
+
+    /// On the real hierarchy, with the controllers that it happens to have.
+    #[tokio::test]
+    async fn a_group_holds_processes_and_takes_them_with_it() {
+        require_root!();
+        let Ok(groups) = Cgroups::find() else { return };
+        assert!(groups.describe().contains("cgroup v2"));
+        let vm = VmId::new();
+        let bounds = Bounds::of(&Shape::default(), Accel::Tcg);
+        groups.create(vm, &bounds).unwrap();
+        let procs = groups.create(vm, &bounds).unwrap();
+        assert!(groups.list().unwrap().contains(&vm));
+        let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+        fs_err::write(&procs, child.id().to_string()).unwrap();
+        assert_eq!(fs_err::read_to_string(&procs).unwrap().trim(), child.id().to_string());
+        let ended = tokio::task::spawn_blocking(move || child.wait().unwrap());
+        groups.remove(vm).await.unwrap();
+        assert!(!ended.await.unwrap().success(), "it was killed");
+        assert!(!groups.list().unwrap().contains(&vm));
+        groups.remove(vm).await.unwrap();
+    }
+}
