@@ -1,0 +1,245 @@
+//! The holder of a Firecracker, without one: a stand-in takes the API's requests and speaks the vsock's protocol, as the real
+//! one would, so that all is tested that is the holder's part. The real one is met in `conformance.rs`.
+//!
+//! The stand-in is this very program, started again by the holder for the one test that is no test.
+#![expect(clippy::unwrap_used, reason = "tests may panic")]
+
+mod host;
+
+use bothy_contract::VmId;
+use bothy_vm_agent::vmm::{
+    Accel, Driver, Firecracker, LaunchSpec, RunState, Verb, VmPlan,
+    firecracker::{
+        Version,
+        api::{Action, Method, Request},
+    },
+    holder::Holder,
+    liveness::rediscover,
+    wire::{self, Monitor},
+};
+use host::{Host, LONG, UID, gone};
+use http_body_util::{BodyExt, Full};
+use hyper::{Response, body::Bytes, service::service_fn};
+use hyper_util::rt::TokioIo;
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::UnixListener,
+    time::{sleep, timeout},
+};
+
+/// Names the directory to the stand-in.
+const STAND_IN: &str = "BOTHY_TEST_STAND_IN";
+/// What the stand-in was asked, one line each.
+const ASKED: &str = "vmm.log.asked";
+
+fn spec(host: &Host) -> LaunchSpec {
+    let vm = VmId::new();
+    let at = |name: &str| host.dir.path().join(name);
+    let plan = VmPlan {
+        vm,
+        name: "stand-in".into(),
+        dir: at(&vm.to_string()[24..]),
+        kernel: at("vmlinux"),
+        initrd: at("initrd"),
+        rootfs: at("rootfs"),
+        system: at("system"),
+        work: at("work"),
+        cpus: 1,
+        memory_mib: 128,
+        tap: "tap".into(),
+        mac: "52:54:00:00:00:02".into(),
+        uid: UID,
+        groups: vec![],
+        accel: Accel::Kvm,
+        tsc_khz: None,
+    };
+    let mut spec = driver().launch_spec(&plan).unwrap();
+    let me = std::env::current_exe().unwrap();
+    let words = ["--ignored", "--exact", "the_stand_in", "--nocapture"];
+    spec.argv = vec!["env".into(), format!("{STAND_IN}={}/", spec.dir.display()), me.display().to_string()];
+    spec.argv.extend(words.map(str::to_owned));
+    spec
+}
+
+fn driver() -> Firecracker {
+    Firecracker::new("firecracker", Version::from_words("1.16.1").unwrap())
+}
+
+/// Not a test: what the holder starts in Firecracker's place. It runs until it is killed.
+#[tokio::test]
+#[ignore = "started by the other tests"]
+async fn the_stand_in() {
+    let Some(dir) = std::env::var_os(STAND_IN).map(PathBuf::from) else { return };
+    // As long after its start as the real one is.
+    sleep(Duration::from_millis(20)).await;
+    let api = UnixListener::bind(dir.join(wire::API_SOCKET)).unwrap();
+    loop {
+        let (stream, _) = api.accept().await.unwrap();
+        let dir = dir.clone();
+        let service = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
+            let dir = dir.clone();
+            async move {
+                let what = format!("{} {}", request.method(), request.uri());
+                let body = request.into_body().collect().await.unwrap().to_bytes();
+                let mut asked =
+                    fs_err::OpenOptions::new().create(true).append(true).open(dir.join(ASKED)).unwrap();
+                writeln!(asked, "{what} {}", String::from_utf8_lossy(&body)).unwrap();
+                let (status, answer) = match what.as_str() {
+                    "GET /" => (200, r#"{"app_name":"x","id":"x","state":"Running","vmm_version":"1"}"#),
+                    "PUT /drives/broken" => (400, r#"{"fault_message":"no such drive can be"}"#),
+                    _ => (204, ""),
+                };
+                if what == "PUT /logger" {
+                    fs_err::write(dir.join(wire::LOG_PIPE), "a word for the log\n").unwrap();
+                }
+                if what == "PUT /metrics" {
+                    fs_err::write(dir.join(wire::METRICS_PIPE), "{\"counted\":1}\n").unwrap();
+                }
+                if what == "PUT /actions" && !dir.join(wire::VSOCK_SOCKET).exists() {
+                    println!("a guest boots");
+                    let vsock = UnixListener::bind(dir.join(wire::VSOCK_SOCKET)).unwrap();
+                    tokio::spawn(guest(vsock));
+                }
+                Response::builder().status(status).body(Full::new(Bytes::from_static(answer.as_bytes())))
+            }
+        });
+        let connection =
+            hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+        tokio::spawn(async move { drop(connection.await) });
+    }
+}
+
+/// A guest's vsock: hangs up while the guest boots, then gives back what comes on ports 1 and 2, and has no others.
+async fn guest(vsock: UnixListener) {
+    for number in 0_u32.. {
+        let (stream, _) = vsock.accept().await.unwrap();
+        tokio::spawn(async move {
+            let mut stream = BufReader::new(stream);
+            let mut line = String::new();
+            stream.read_line(&mut line).await.unwrap();
+            let there = matches!(line.as_str(), "CONNECT 1\n" | "CONNECT 2\n");
+            if number < 3 || !there {
+                return;
+            }
+            stream.write_all(format!("OK {}\n", 1_073_741_824 + number).as_bytes()).await.unwrap();
+            let (mut from, mut to) = tokio::io::split(stream);
+            drop(tokio::io::copy(&mut from, &mut to).await);
+            drop(to.shutdown().await);
+        });
+    }
+}
+
+async fn contains(file: &Path, text: &str) {
+    timeout(LONG, async {
+        while !fs_err::read_to_string(file).unwrap_or_default().contains(text) {
+            sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await
+    .unwrap();
+}
+
+async fn echoes(holder: &Holder, port: u32, bytes: usize) {
+    let sent: Vec<u8> = (0..bytes).map(|i| (i % 251) as u8).collect();
+    let mut back = Vec::new();
+    let stream = timeout(LONG, holder.connect(port)).await.unwrap().unwrap();
+    let (mut from, mut to) = stream.into_split();
+    let send = async {
+        to.write_all(&sent).await.unwrap();
+        to.shutdown().await.unwrap();
+    };
+    let receive = from.read_to_end(&mut back);
+    let ((), read) = timeout(LONG, async { tokio::join!(send, receive) }).await.unwrap();
+    read.unwrap();
+    assert!(back == sent, "{} of {} bytes came back", back.len(), sent.len());
+}
+
+#[tokio::test]
+async fn a_holder_configures_its_firecracker_and_leads_to_the_guest() {
+    bothy_testkit::require_root!();
+    let host = Host::new();
+    let spec = spec(&host);
+    let (holder, handle) = host.launch(&spec).await;
+    let Monitor::Api { requests } = &spec.monitor else { panic!("no requests") };
+    let asked = fs_err::read_to_string(spec.dir.join(ASKED)).unwrap();
+    let expected: Vec<String> =
+        requests.iter().map(|r| format!("{r} {}", r.body.as_ref().unwrap())).collect();
+    assert_eq!(asked.lines().collect::<Vec<_>>(), expected, "everything, once, in that order");
+
+    let status = holder.status().await.unwrap();
+    assert!(!status.control_up && !status.bulk_up);
+    assert_eq!(status.vmm_version, "firecracker 1.16.1");
+    // It hangs up three times before it is there, and that does not show.
+    echoes(&holder, 1, 10).await;
+    echoes(&holder, 2, 3_000_000).await;
+    assert!(holder.status().await.unwrap().control_up);
+    let e = timeout(LONG, holder.connect(99)).await.unwrap().unwrap_err();
+    assert!(e.message.contains("nobody listens on port 99"), "{e}");
+
+    // What it says goes where a QEMU's words go.
+    contains(&spec.dir.join(wire::CONSOLE_LOG), "a guest boots").await;
+    contains(&spec.dir.join(wire::VMM_LOG), "a word for the log").await;
+    contains(&spec.dir.join(wire::METRICS_LOG), "counted").await;
+
+    // Verbs, and a fault in Firecracker's own words.
+    let driver = driver();
+    let state = holder.perform(&driver.run_state()).await.unwrap();
+    assert_eq!(driver.read_run_state(&state), Some(RunState::Running));
+    holder.perform(&driver.pause()).await.unwrap();
+    holder.perform(&driver.powerdown()).await.unwrap();
+    holder.perform(&driver.resize_disk("work", 1 << 30)).await.unwrap();
+    let asked = fs_err::read_to_string(spec.dir.join(ASKED)).unwrap();
+    let patch = format!(
+        r#"PATCH /drives/work {{"drive_id":"work","path_on_host":"{}"}}"#,
+        host.dir.path().join("work").display()
+    );
+    assert_eq!(asked.lines().last().unwrap(), patch, "with the path that it was launched with");
+    let broken = Request { method: Method::Put, path: "/drives/broken".into(), body: None };
+    let e = holder.perform(&Verb::Api(broken)).await.unwrap_err();
+    assert!(e.message.contains("status 400: no such drive can be"), "{e}");
+    let e = holder.qmp(&serde_json::json!({ "execute": "quit" })).await.unwrap_err();
+    assert!(e.message.contains("no QMP monitor"), "{e}");
+
+    // Found by its processes too: its command line names the directory.
+    assert_eq!(rediscover(&holder).await.unwrap().unwrap().handle, handle);
+    holder.perform(&driver.quit()).await.unwrap();
+    gone(handle).await;
+    assert_eq!(holder.exit().unwrap().unwrap().signal, Some(15));
+    for left in
+        [wire::API_SOCKET, wire::VSOCK_SOCKET, wire::LOG_PIPE, wire::METRICS_PIPE, wire::HOLDER_SOCKET]
+    {
+        assert!(!spec.dir.join(left).exists(), "{left}");
+    }
+    // And again in the same place.
+    let (holder, handle) = host.launch(&spec).await;
+    holder.kill(9).await.unwrap();
+    gone(handle).await;
+}
+
+#[tokio::test]
+async fn a_firecracker_that_refuses_is_not_left_behind() {
+    bothy_testkit::require_root!();
+    let host = Host::new();
+    let mut spec = spec(&host);
+    let broken = Request { method: Method::Put, path: "/drives/broken".into(), body: None };
+    spec.monitor = Monitor::Api { requests: vec![broken, Request::action(Action::InstanceStart)] };
+    let e = Holder::launch(host::program(), &spec).await.unwrap_err();
+    assert!(
+        e.message.contains("PUT /drives/broken: Firecracker refused with status 400: no such drive can be"),
+        "{e}"
+    );
+    let asked = fs_err::read_to_string(spec.dir.join(ASKED)).unwrap();
+    assert_eq!(asked.lines().count(), 1, "nothing more is asked after a refusal: {asked}");
+    assert_eq!(rediscover(&Holder::new(&spec.dir, UID)).await.unwrap(), None);
+    assert!(!spec.dir.join(wire::API_SOCKET).exists());
+
+    // One that ends before it listens is not waited for.
+    spec.argv = vec!["sh".into(), "-c".into(), "echo no KVM here >&2; exit 3".into()];
+    let e = Holder::launch(host::program(), &spec).await.unwrap_err();
+    assert!(e.message.contains("it ended (exit status: 3)") && e.message.contains("no KVM here"), "{e}");
+}
