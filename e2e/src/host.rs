@@ -370,7 +370,8 @@ impl Host {
     /// What is there now and was not when the host had just come up. The warm pool may differ, and so may processes
     /// that a restart replaced; what is counted is what a VM or an operation can leave.
     pub fn leaks(&self) -> Vec<Thing> {
-        let services: Vec<&str> = Service::ALL.iter().map(|s| s.binary()).chain(["nats-server"]).collect();
+        let of_host = ["nats-server", "bothy host up"];
+        let services: Vec<&str> = Service::ALL.iter().map(|s| s.binary()).chain(of_host).collect();
         self.census()
             .since(&self.fresh)
             .into_iter()
