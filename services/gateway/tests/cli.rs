@@ -60,6 +60,48 @@ fn bad_input_is_refused_before_anything_is_asked() {
 }
 
 #[test]
+fn what_cannot_be_meant_is_refused() {
+    insta::assert_snapshot!(bothy(&["vm", "kill", "web", "--signal", "stop"]), @r"
+    125
+    error: invalid value 'stop' for '--signal <SIGNAL>': SIGSTOP does not end a process
+
+    For more information, try '--help'.
+    ");
+    insta::assert_snapshot!(bothy(&["vm", "set", "web"]), @r"
+    125
+    error: the following required arguments were not provided:
+      <--cpus <N>|--memory <SIZE>|--disk <SIZE>|--system-disk <SIZE>|--nat <WHETHER>>
+
+    Usage: bothy vm set --socket <PATH> <--cpus <N>|--memory <SIZE>|--disk <SIZE>|--system-disk <SIZE>|--nat <WHETHER>> <VM>...
+
+    For more information, try '--help'.
+    ");
+    insta::assert_snapshot!(bothy(&["vm", "delete"]), @r"
+    125
+    error: the following required arguments were not provided:
+      <VM>...
+
+    Usage: bothy vm delete --socket <PATH> <VM>...
+
+    For more information, try '--help'.
+    ");
+    insta::assert_snapshot!(bothy(&["vm", "stop", "web", "--all"]), @r"
+    125
+    error: the argument '[VM]...' cannot be used with '--all'
+
+    Usage: bothy vm stop --socket <PATH> <VM>...
+
+    For more information, try '--help'.
+    ");
+    insta::assert_snapshot!(bothy(&["vm", "prune", "--older-than", "7"]), @r#"
+    125
+    error: invalid value '7' for '--older-than <AGE>': "7" is not a duration
+
+    For more information, try '--help'.
+    "#);
+}
+
+#[test]
 fn completions_are_printed() {
     assert!(bothy(&["completions", "bash"]).contains("_bothy()"));
 }

@@ -173,15 +173,18 @@ pub(super) async fn delete(context: &Context, args: &cli::Delete) -> Result<Stat
     let mut force = args.force;
     if args.which.all && !force && !targets.vms.is_empty() {
         let running = targets.vms.iter().filter(|vm| vm.state != VmState::Stopped).count();
-        let question = format!(
-            "delete {} machines with their disks, {running} of which are not stopped?",
-            targets.vms.len()
-        );
+        let running = if running > 0 { format!(", {running} of them not stopped") } else { String::new() };
+        let question = format!("delete {} with their disks{running}?", count(targets.vms.len()));
         confirm(context.printer, &targets, &question, "--force")?;
         // That they run was part of the question.
         force = true;
     }
     many::change(context, targets, async |watcher, vm| delete_one(context, watcher, vm, force).await).await
+}
+
+/// So many machines.
+pub(super) fn count(n: usize) -> String {
+    format!("{n} machine{}", if n == 1 { "" } else { "s" })
 }
 
 /// Asks before `targets` are deleted.

@@ -1,7 +1,7 @@
 //! `bothy vm prune`.
 
 use super::{
-    change::{confirm, delete_one},
+    change::{confirm, count, delete_one},
     many::{self, Targets},
     show::listing,
 };
@@ -28,7 +28,7 @@ pub(super) async fn main(context: &Context, args: &cli::Prune) -> Result<Status,
     if args.yes {
         printer.note(listing(&targets.vms));
     } else {
-        let question = format!("delete {} machines with their disks?", targets.vms.len());
+        let question = format!("delete {} with their disks?", count(targets.vms.len()));
         confirm(printer, &targets, &question, "--yes")?;
     }
     // One that was started meanwhile is not deleted: that would need force.
