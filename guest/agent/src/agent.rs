@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -15,7 +16,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::{Connected, Server};
 
-use crate::boot::NEW_ROOT;
+use crate::boot::{NEW_ROOT, SYSTEM};
 use crate::port::{self, Port};
 use crate::service::{Guest, Init};
 use crate::timeline::{Step, now_us};
@@ -30,6 +31,9 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// When a port is missing, or PID 1 is not at the other end of standard input.
 pub fn run() -> io::Result<()> {
     let began = now_us();
+    // A directory on the disk that takes what is written to the root: nobody finds the overlay's upper layer by a path later.
+    let upper = if Path::new(SYSTEM).is_dir() { SYSTEM } else { NEW_ROOT };
+    let upper = fs_err::File::open(upper)?;
     nix::unistd::chroot(NEW_ROOT)?;
     nix::unistd::chdir("/")?;
     let link = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
@@ -37,7 +41,7 @@ pub fn run() -> io::Result<()> {
     link.set_nonblocking(true)?;
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         let init = Init::waiting(tokio::net::UnixStream::from_std(link)?);
-        let guest = Guest::new(init, steps);
+        let guest = Guest::new(init, steps).writing_to(upper);
         let (accepted, streams) = mpsc::channel(8);
         let vsock = machine::has_virtio(machine::VSOCK);
         if vsock {

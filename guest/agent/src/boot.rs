@@ -20,6 +20,7 @@ use nix::sys::reboot::{RebootMode, reboot};
 
 pub(crate) use disk::{by_serial, sectors};
 pub(crate) use link::{Order, receive_steps};
+pub(crate) use mounts::SYSTEM;
 pub(crate) use switch::NEW_ROOT;
 
 use crate::timeline::{Step, now_us};

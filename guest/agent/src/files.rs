@@ -5,7 +5,7 @@ use std::path::{Component, Path};
 
 use bothy_guest_proto::v1;
 use fs_err::os::unix::fs::OpenOptionsExt;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 
 /// Refuses paths that are not plain absolute ones.
 ///
@@ -73,7 +73,7 @@ pub(crate) fn write(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(io::Error::other(format!("{}: names no file", path.display())));
     };
-    fs_err::create_dir_all(parent)?;
+    make_directories(parent)?;
     let temporary = parent.join(format!(".{}.bothy-{}", name.to_string_lossy(), std::process::id()));
     // A leftover of a run that was cut short is not worth an error.
     let _ = fs_err::remove_file(&temporary);
@@ -88,6 +88,25 @@ pub(crate) fn write(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
         let _ = fs_err::remove_file(&temporary);
     }
     result
+}
+
+/// Makes `directory` and what is missing above it. A `.ssh` is its owner's alone: nobody else has business there.
+fn make_directories(directory: &Path) -> io::Result<()> {
+    if directory.is_dir() {
+        return Ok(());
+    }
+    if let Some(parent) = directory.parent() {
+        make_directories(parent)?;
+    }
+    let private = directory.file_name().is_some_and(|name| name == ".ssh");
+    // The mode is there from the first moment on, which `fs_err` has no word for.
+    let mut builder = std::fs::DirBuilder::new();
+    match builder.mode(if private { 0o700 } else { 0o755 }).create(directory) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            Err(io::Error::new(error.kind(), format!("make the directory {}: {error}", directory.display())))
+        }
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]
@@ -113,6 +132,19 @@ mod tests {
         }
         assert_eq!(fs_err::read_to_string(&target).unwrap(), "stub", "the link's target is left alone");
         assert_eq!(fs_err::read_dir(dir.path()).unwrap().count(), 2, "no temporary file stays");
+    }
+
+    #[test]
+    fn a_new_ssh_directory_is_its_owners_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = v1::File {
+            path: "/home/dev/.ssh/authorized_keys".into(),
+            content: b"key\n".to_vec(),
+            mode: 0o600,
+        };
+        write_all(dir.path(), std::slice::from_ref(&file)).unwrap();
+        let mode = |path: &str| fs_err::metadata(dir.path().join(path)).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode("home/dev/.ssh"), mode("home/dev")), (0o700, 0o755));
     }
 
     #[test]

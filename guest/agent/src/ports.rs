@@ -16,7 +16,10 @@ struct Socket {
     inode: u64,
 }
 
-/// All listening TCP and bound UDP sockets of the guest.
+/// The most sockets that are told of.
+const MOST: usize = 256;
+
+/// The listening TCP and bound UDP sockets of the guest, by protocol and port; the first [`MOST`].
 pub(crate) fn list() -> Vec<v1::Port> {
     let mut found = Vec::new();
     for protocol in ["tcp", "tcp6", "udp", "udp6"] {
@@ -25,18 +28,24 @@ pub(crate) fn list() -> Vec<v1::Port> {
         let sockets = parse(&text, protocol.starts_with("tcp"));
         found.extend(sockets.into_iter().map(|socket| (protocol, socket)));
     }
-    let owners = owners(&found.iter().map(|(_, socket)| socket.inode).collect());
+    found.sort_by_key(|(protocol, socket)| (*protocol, socket.port, socket.address));
+    found.truncate(MOST);
+    let owners = owners(found.iter().map(|(_, socket)| socket.inode).collect());
+    let mut names = HashMap::new();
     found
         .into_iter()
         .map(|(protocol, socket)| {
             let pid = owners.get(&socket.inode).copied().unwrap_or(0);
-            let name = fs_err::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            let name = names.entry(pid).or_insert_with(|| {
+                let name = fs_err::read(format!("/proc/{pid}/comm")).unwrap_or_default();
+                String::from_utf8_lossy(&name).trim_end().to_owned()
+            });
             v1::Port {
                 protocol: protocol.to_owned(),
                 address: socket.address.to_string(),
                 port: u32::from(socket.port),
                 pid,
-                process: name.trim_end().to_owned(),
+                process: name.clone(),
             }
         })
         .collect()
@@ -79,17 +88,21 @@ fn parse_address(hex: &str) -> Option<IpAddr> {
     }
 }
 
-/// Which process has which socket: the links in `/proc/<pid>/fd`. Processes that end meanwhile are passed over.
-fn owners(wanted: &HashSet<u64>) -> HashMap<u64, u32> {
+/// Which process has which socket: the links in `/proc/<pid>/fd`, until every socket's is found. Processes that end
+/// meanwhile are passed over.
+fn owners(mut wanted: HashSet<u64>) -> HashMap<u64, u32> {
     let mut owners = HashMap::new();
     let Ok(processes) = fs_err::read_dir("/proc") else { return owners };
     for pid in processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok()) {
+        if wanted.is_empty() {
+            break;
+        }
         let Ok(files) = fs_err::read_dir(format!("/proc/{pid}/fd")) else { continue };
         for file in files.flatten() {
             if let Some(inode) = fs_err::read_link(file.path()).ok().and_then(|link| socket_inode(&link))
-                && wanted.contains(&inode)
+                && wanted.remove(&inode)
             {
-                owners.entry(inode).or_insert(pid);
+                owners.insert(inode, pid);
             }
         }
     }

@@ -5,7 +5,7 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bothy_guest_proto::v1::{self, exec_input::Input, guest_server};
@@ -15,7 +15,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::timeline::{Step, now_us};
-use crate::{exec, files, forward, kmsg, machine, personalise, ports, shutdown, tarball};
+use crate::{
+    exec, files, forward, kmsg, machine, metrics, personalise, ports, shutdown, systemd, tarball, wait,
+    workdisk,
+};
 
 mod init;
 
@@ -35,12 +38,15 @@ struct Shared {
     /// The last identity, and the lock that lets one `Personalise` run at a time.
     identity: tokio::sync::Mutex<Option<v1::PersonaliseRequest>>,
     known: Mutex<Known>,
+    /// A directory on the disk that takes what is written to the root.
+    upper: OnceLock<fs_err::File>,
 }
 
 /// What is known of the identity without waiting for a `Personalise` that runs.
-#[derive(Debug, Default, Clone, Copy)]
+#[derive(Debug, Default, Clone)]
 struct Known {
     personalised: bool,
+    home: String,
     address: Option<Ipv4Addr>,
 }
 
@@ -49,7 +55,14 @@ impl Guest {
     #[must_use]
     pub fn new(init: Init, steps: Vec<Step>) -> Self {
         let (steps, identity, known) = (Mutex::new(steps), tokio::sync::Mutex::default(), Mutex::default());
-        Self(Arc::new(Shared { init, steps, identity, known }))
+        Self(Arc::new(Shared { init, steps, identity, known, upper: OnceLock::new() }))
+    }
+
+    /// The same, with a directory on the disk that takes what is written to the root: `GrowDisks` needs it.
+    #[must_use]
+    pub fn writing_to(self, upper: fs_err::File) -> Self {
+        self.0.upper.get_or_init(|| upper);
+        self
     }
 
     /// Adds a step of the boot.
@@ -58,7 +71,7 @@ impl Guest {
     }
 
     fn known(&self) -> Known {
-        *self.0.known.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.known.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Refuses what would run before the machine has its identity.
@@ -78,7 +91,7 @@ impl Guest {
                 .await
                 .map_err(|error| failed("personalise", &error))?;
             *self.0.known.lock().unwrap_or_else(PoisonError::into_inner) =
-                Known { personalised: true, address };
+                Known { personalised: true, address, home: request.home.clone() };
             self.add_step(Step::ends_now("personalise", began));
             *identity = Some(request.clone());
         }
@@ -239,6 +252,68 @@ impl guest_server::Guest for Guest {
     async fn ports(&self, _: Request<v1::PortsRequest>) -> Reply<v1::PortsReply> {
         let ports = blocking("list ports", || Ok(ports::list())).await?;
         Ok(Response::new(v1::PortsReply { ports }))
+    }
+
+    async fn metrics(&self, _: Request<v1::MetricsRequest>) -> Reply<v1::MetricsReply> {
+        let home = self.known().home;
+        // A file system may be slow to answer: one of the guest's own making that hangs, say.
+        let read = blocking("read the metrics", move || {
+            metrics::read(Path::new(if home.is_empty() { "/" } else { &home }))
+        });
+        Ok(Response::new(read.await?))
+    }
+
+    async fn grow_disks(&self, request: Request<v1::GrowDisksRequest>) -> Reply<v1::GrowDisksReply> {
+        self.ready()?;
+        let v1::GrowDisksRequest { work_bytes, system_bytes } = request.into_inner();
+        // The kernel refuses two growths of one file system at a time.
+        let guest = self.clone();
+        let task = tokio::spawn(async move {
+            let _one = guest.0.identity.lock().await;
+            let home = guest.known().home;
+            let upper = guest.0.upper.get().map(fs_err::File::try_clone).transpose();
+            blocking("grow the disks", move || {
+                let system_bytes = match upper? {
+                    Some(upper) => workdisk::grow_system(&upper, system_bytes)?,
+                    None => 0,
+                };
+                let work_bytes =
+                    if home.is_empty() { 0 } else { workdisk::grow_work(Path::new(&home), work_bytes)? };
+                Ok(v1::GrowDisksReply { work_bytes, system_bytes })
+            })
+            .await
+        });
+        Ok(Response::new(task.await.map_err(|error| Status::internal(error.to_string()))??))
+    }
+
+    async fn wait_service(&self, request: Request<v1::WaitServiceRequest>) -> Reply<v1::WaitServiceReply> {
+        self.ready()?;
+        let v1::WaitServiceRequest { port: number, unit, timeout_ms } = request.into_inner();
+        let port = (number != 0).then(|| port(number)).transpose()?;
+        let unit = (!unit.is_empty()).then_some(unit);
+        match &unit {
+            None if port.is_none() => {
+                return Err(Status::invalid_argument("a service to wait for has a port or a unit"));
+            }
+            Some(unit) if !systemd::is_unit_name(unit) => {
+                return Err(Status::invalid_argument(format!("`{unit}` is not the name of a unit")));
+            }
+            Some(unit) if !self.0.init.is_systemd() => {
+                return Err(Status::failed_precondition(format!(
+                    "unit {unit} cannot be waited for: the init of this guest is not systemd, so a service of it is a port"
+                )));
+            }
+            _ => {}
+        }
+        let began = now_us();
+        let wanted = wait::Wanted { port, unit, timeout: Duration::from_millis(timeout_ms) };
+        let done = wait::wait(&wanted, self.known().address).await;
+        let waited_us = now_us().saturating_sub(began);
+        let (ready, (why, log)) = match done {
+            Ok(()) => (true, Default::default()),
+            Err(not_up) => (false, (not_up.why, not_up.log)),
+        };
+        Ok(Response::new(v1::WaitServiceReply { ready, waited_us, why, log }))
     }
 
     async fn wait_port(&self, request: Request<v1::WaitPortRequest>) -> Reply<v1::WaitPortReply> {

@@ -3,12 +3,17 @@
 
 use std::io;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
+use fs_err::File;
 use nix::mount::{MsFlags, mount};
-use nix::sys::statfs::statfs;
+use nix::sys::statfs::fstatfs;
 
 use crate::boot::{by_serial, sectors};
 use crate::sys;
+
+/// How long a disk that was made larger may take to say so.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Mounts the disk with serial `work` on `home` and grows it. `false` if the machine has no such disk. Mounted already: only grows.
 ///
@@ -22,25 +27,68 @@ pub(crate) fn mount_on(home: &Path) -> io::Result<bool> {
             io::Error::other(format!("mount {} on {}: {}", disk.display(), home.display(), errno.desc()))
         })?;
     }
-    grow(&disk, home)?;
+    grow(&disk, &File::open(home)?)?;
     Ok(true)
 }
 
-/// Grows the file system on `disk`, mounted at `mounted`, to the disk's size; at that size already, nothing happens.
+/// Grows the file system of the work disk, mounted on `home`, once the disk has at least `least` bytes. Returns its size in
+/// bytes; 0 if the machine has no such disk.
+///
+/// # Errors
+/// When the disk stays smaller, or cannot be grown.
+pub(crate) fn grow_work(home: &Path, least: u64) -> io::Result<u64> {
+    let Some(disk) = by_serial("work")? else { return Ok(0) };
+    grown(&disk, &File::open(home)?, least)
+}
+
+/// The same for the disk that holds what the guest writes to its root: the overlay's upper layer, or the root itself.
+/// `directory` is one on it, which need not have a path any more.
+///
+/// # Errors
+/// When the disk stays smaller, or cannot be grown.
+pub(crate) fn grow_system(directory: &File, least: u64) -> io::Result<u64> {
+    let disk = match by_serial("system")? {
+        Some(disk) => disk,
+        None => match by_serial("rootfs")? {
+            Some(disk) => disk,
+            None => return Ok(0),
+        },
+    };
+    grown(&disk, directory, least)
+}
+
+fn grown(disk: &Path, directory: &File, least: u64) -> io::Result<u64> {
+    // The kernel hears of a new size by an interrupt, and looks at it when it comes to it.
+    let until = Instant::now() + PATIENCE;
+    while sectors(disk)?.saturating_mul(512) < least {
+        if Instant::now() > until {
+            return Err(io::Error::other(format!(
+                "{} has {} bytes, not {least}: the VMM did not tell the guest of its new size",
+                disk.display(),
+                sectors(disk)?.saturating_mul(512)
+            )));
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    grow(disk, directory)
+}
+
+/// Grows the file system on `disk`, which `directory` is on, to the disk's size; at that size already, nothing happens.
+/// Returns that size in bytes.
 ///
 /// # Errors
 /// When sizes cannot be read or the kernel refuses.
-pub(crate) fn grow(disk: &Path, mounted: &Path) -> io::Result<()> {
-    let stat = statfs(mounted)?;
+pub(crate) fn grow(disk: &Path, directory: &File) -> io::Result<u64> {
+    let stat = fstatfs(directory.file())?;
     let block = u64::try_from(stat.block_size()).unwrap_or_default();
     let blocks = blocks_of(sectors(disk)?, block)
         .ok_or_else(|| io::Error::other(format!("{}: a block size of {block}", disk.display())))?;
     // The kernel logs and does nothing where the size is the same; statfs says less than the full size (its own
     // structures are left out), so the call is what decides.
-    let directory = fs_err::File::open(mounted)?;
     sys::ext4_resize(directory.file(), blocks).map_err(|error| {
         io::Error::new(error.kind(), format!("grow {} to {blocks} blocks: {error}", disk.display()))
-    })
+    })?;
+    Ok(blocks.saturating_mul(block))
 }
 
 /// How many file-system blocks of `block` bytes a disk of `sectors` 512-byte sectors holds.

@@ -15,7 +15,8 @@ use super::{BootError, Tried};
 use crate::workdisk;
 
 const BASE: &str = "/base";
-const SYSTEM: &str = "/system";
+/// Where the overlay's upper layer is mounted: out of every process' sight once the root is switched.
+pub(crate) const SYSTEM: &str = "/system";
 
 /// How long a disk may take to appear after its driver is loaded.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -46,7 +47,7 @@ pub(super) fn new_root() -> Result<(), BootError> {
     if let Some(system) = system {
         ext4(&root, Path::new(BASE), MsFlags::MS_RDONLY)?;
         ext4(&system, Path::new(SYSTEM), MsFlags::empty())?;
-        workdisk::grow(&system, Path::new(SYSTEM)).tried(|| "grow the system disk's file system".into())?;
+        grow(&system, Path::new(SYSTEM)).tried(|| "grow the system disk's file system".into())?;
         make_directory(&Path::new(SYSTEM).join("upper"))?;
         make_directory(&Path::new(SYSTEM).join("work"))?;
         make_directory(new_root)?;
@@ -55,7 +56,7 @@ pub(super) fn new_root() -> Result<(), BootError> {
             .tried(|| "mount the overlay root".into())?;
     } else {
         ext4(&root, new_root, MsFlags::empty())?;
-        workdisk::grow(&root, new_root).tried(|| "grow the root file system".into())?;
+        grow(&root, new_root).tried(|| "grow the root file system".into())?;
     }
     for name in ["dev", "proc", "sys"] {
         let (from, to) = (Path::new("/").join(name), new_root.join(name));
@@ -91,6 +92,10 @@ pub(super) fn for_stay() -> Result<(), BootError> {
             .tried(|| format!("mount {target}"))?;
     }
     Ok(())
+}
+
+fn grow(disk: &Path, mounted: &Path) -> std::io::Result<()> {
+    workdisk::grow(disk, &fs_err::File::open(mounted)?).map(drop)
 }
 
 fn overlay_options(base: &str, system: &str) -> String {
