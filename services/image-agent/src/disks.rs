@@ -5,6 +5,8 @@
 //! hard link to the image's rootfs: an overlay is only valid over the base it was begun with, and the link
 //! keeps that one, and its page cache, when the image is built anew.
 
+mod sizes;
+
 use crate::{
     clone::{How, clone},
     fault,
@@ -19,6 +21,7 @@ use std::{
     ops::Range,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _, fchown},
     path::{Path, PathBuf},
+    sync::{Arc, Mutex},
 };
 
 const SYSTEM: &str = "system.ext4";
@@ -34,12 +37,14 @@ pub(crate) struct Disks {
     dir: PathBuf,
     /// The users that VMMs run as.
     uids: Range<u32>,
+    /// Held while disks grow.
+    growing: Arc<Mutex<()>>,
 }
 
 impl Disks {
     /// Disks below `dir` for the VMMs' users `uids`.
     pub(crate) fn new(dir: PathBuf, uids: Range<u32>) -> Self {
-        Self { dir, uids }
+        Self { dir, uids, growing: Arc::default() }
     }
 
     /// Makes a VM's base and system overlay ready.
@@ -154,13 +159,14 @@ impl Disks {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
             Err(e) => return Err(failed(e)),
         };
-        if meta.len() != mib.saturating_mul(MIB) {
+        // A larger one was grown by a change of the VM that was cut short before it was written down.
+        if meta.len() < mib.saturating_mul(MIB) {
             let is = meta.len() / MIB;
             return Err(Error::new(
                 Code::FailedPrecondition,
                 format!("{} is there with {is} MiB, not {mib}", path.display()),
             )
-            .hint("a VM keeps the sizes it was created with; delete it and create it anew"));
+            .hint("`bothy vm set` grows the disks of a VM"));
         }
         if meta.uid() != uid {
             std::os::unix::fs::lchown(path, Some(uid), None).map_err(failed)?;
@@ -226,14 +232,14 @@ mod tests {
     use super::*;
     use crate::store::tests::plant;
 
-    const UID: u32 = 780_001;
+    pub(super) const UID: u32 = 780_001;
 
-    struct Host {
+    pub(super) struct Host {
         _dir: tempfile::TempDir,
-        root: PathBuf,
-        store: Store,
-        disks: Disks,
-        image: ImageName,
+        pub(super) root: PathBuf,
+        pub(super) store: Store,
+        pub(super) disks: Disks,
+        pub(super) image: ImageName,
     }
 
     fn host_at(dir: tempfile::TempDir, root: PathBuf) -> Host {
@@ -244,7 +250,7 @@ mod tests {
         Host { _dir: dir, root, store, disks, image }
     }
 
-    fn host() -> Host {
+    pub(super) fn host() -> Host {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().to_owned();
         host_at(dir, root)

@@ -17,6 +17,21 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
+/// What units there are, by the ends of their names (systemd.unit(5)).
+const UNIT_KINDS: [&str; 11] = [
+    "service",
+    "socket",
+    "target",
+    "timer",
+    "path",
+    "mount",
+    "automount",
+    "swap",
+    "device",
+    "slice",
+    "scope",
+];
+
 /// A recipe that has been checked.
 #[derive(Debug, Clone)]
 pub(crate) struct Recipe {
@@ -99,7 +114,7 @@ impl Spec {
         if let Some(bad) = self.packages.iter().chain([&self.kernel]).find(|s| !word(s, "+-.:")) {
             return Err(format!("{bad:?} is not the name of a package"));
         }
-        if let Some(bad) = self.mask.iter().find(|s| !word(s, "-.@_:\\") || !s.contains('.')) {
+        if let Some(bad) = self.mask.iter().find(|s| !unit(s)) {
             return Err(format!("{bad:?} is not the name of a unit"));
         }
         if !self.home.starts_with('/') || self.home == "/" || inside(&self.home).is_none() {
@@ -113,6 +128,11 @@ impl Spec {
                 "wait {:?} needs a name, a port or a unit, and a timeout_s of 1 or more",
                 bad.name
             ));
+        }
+        if self.init != InitStyle::Systemd
+            && let Some(bad) = self.wait.iter().find(|w| w.unit.is_some())
+        {
+            return Err(format!("wait {:?} names a unit, and only init `systemd` has units", bad.name));
         }
         Ok(())
     }
@@ -169,9 +189,15 @@ fn word(s: &str, also: &str) -> bool {
         && s.chars().all(|c| c.is_ascii_alphanumeric() || also.contains(c))
 }
 
+/// Whether `s` is the name of a unit (systemd.unit(5)): not an option, a path or a pattern, and with its kind.
+fn unit(s: &str) -> bool {
+    let kind = s.rsplit_once('.').map(|(_, kind)| kind);
+    kind.is_some_and(|kind| UNIT_KINDS.contains(&kind)) && s.len() < 256 && word(s, "-.@_:\\")
+}
+
 /// Whether something can be waited for: it has a name, a time, and a port or a unit.
 fn waitable(w: &WaitService) -> bool {
-    let named = w.unit.as_deref().is_some_and(|u| u.contains('.') && word(u, "-.@_:\\"));
+    let named = w.unit.as_deref().is_some_and(unit);
     !w.name.is_empty()
         && w.timeout_s > 0
         && w.port != Some(0)
@@ -219,6 +245,47 @@ mod tests {
         seen.push(sha());
         let distinct: std::collections::BTreeSet<_> = seen.iter().collect();
         assert_eq!(distinct.len(), 5);
+    }
+
+    #[test]
+    fn a_service_may_be_a_port_a_unit_or_both() {
+        let text = format!(
+            "{GOOD}[[wait]]\nname = 'web'\nunit = 'web@1.service'\ntimeout_s = 5\n\
+            [[wait]]\nname = 'both'\nport = 80\nunit = 'dev-disk\\x2dby.device'\ntimeout_s = 5\n"
+        );
+        let (dir, name) = put(&text);
+        let wait = Recipe::load(dir.path(), &name).unwrap().spec.wait;
+        let told: Vec<_> = wait.iter().map(|w| (w.name.as_str(), w.port, w.unit.as_deref())).collect();
+        assert_eq!(
+            told,
+            [
+                ("ssh", Some(22), None),
+                ("web", None, Some("web@1.service")),
+                ("both", Some(80), Some("dev-disk\\x2dby.device"))
+            ]
+        );
+        let long = format!("unit = '{}.service'", "a".repeat(248));
+        for bad in [
+            "unit = 'ssh'",
+            "unit = ''",
+            "unit = '--all.service'",
+            "unit = 'a b.service'",
+            "unit = '../a.service'",
+            "unit = '*.service'",
+            "unit = 'a.exe'",
+            "port = 0\nunit = 'a.service'",
+            "timeout_s = 0\nunit = 'a.service'",
+            &long,
+            "",
+        ] {
+            let seconds = if bad.contains("timeout_s") { "" } else { "timeout_s = 5\n" };
+            let (dir, name) = put(&format!("{GOOD}[[wait]]\nname = 'x'\n{bad}\n{seconds}"));
+            let err = Recipe::load(dir.path(), &name).unwrap_err();
+            assert!(err.message.contains("wait \"x\" needs"), "{bad}: {err}");
+        }
+        let (dir, name) = put(&text.replacen("init = 'systemd'", "init = 'agent'", 1));
+        let err = Recipe::load(dir.path(), &name).unwrap_err();
+        assert!(err.message.contains("wait \"web\" names a unit"), "{err}");
     }
 
     #[test]

@@ -4,10 +4,11 @@ use crate::{agent::Agent, builds, fault::blocking};
 use bothy_bus::{Client, Server};
 use bothy_contract::{
     Error,
-    image::{DiskList, ImageList},
+    image::{DiskList, DiskUsageList, ImageList},
     methods::{
-        ImageBuild, ImageDisksList, ImageDisksRelease, ImageListAll, ImageOpCancel, ImageOpList, ImageOpShow,
-        ImageResolve, ImageRootfsPrepare, ImageShow, ImageWorkDiskPrepare,
+        ImageBuild, ImageDisksGrow, ImageDisksList, ImageDisksRelease, ImageDisksUsage, ImageListAll,
+        ImageOpCancel, ImageOpList, ImageOpShow, ImageResolve, ImageRootfsPrepare, ImageShow,
+        ImageWorkDiskPrepare,
     },
     net::Done,
 };
@@ -64,6 +65,12 @@ pub(crate) async fn run(
         }))
         .serve::<ImageDisksRelease, _, _>(on!(|a, ask| a.disks.release(ask.vm).map(|()| Done {})))
         .serve::<ImageDisksList, _, _>(on!(|a, _ask| Ok(DiskList { vms: a.disks.list()? })))
+        .serve::<ImageDisksGrow, _, _>(on!(|a, ask| {
+            a.disks.grow(ask.vm, ask.work_mib, ask.system_mib).map(|()| Done {})
+        }))
+        .serve::<ImageDisksUsage, _, _>(on!(|a, ask| {
+            Ok(DiskUsageList { disks: a.disks.usage(&ask.vms)? })
+        }))
         .serve::<ImageBuild, _, _>(build)
         .serve::<ImageOpShow, _, _>(op!(show))
         .serve::<ImageOpList, _, _>(op!(list))

@@ -6,12 +6,12 @@ use bothy_bus::{Client, testing::TestBus};
 use bothy_contract::{
     Code, ImageName, OpId, Service, VmId,
     image::{
-        Artifact, BuildImage, ImageManifest, ImageRef, InitStyle, ListDisks, ListImages, PrepareRootfs,
-        PrepareWorkDisk, ReleaseDisks,
+        Artifact, BuildImage, GetDiskUsage, GrowDisks, ImageManifest, ImageRef, InitStyle, ListDisks,
+        ListImages, PrepareRootfs, PrepareWorkDisk, ReleaseDisks,
     },
     methods::{
-        ImageBuild, ImageDisksList, ImageDisksRelease, ImageListAll, ImageOpCancel, ImageOpShow,
-        ImageResolve, ImageRootfsPrepare, ImageShow, ImageWorkDiskPrepare,
+        ImageBuild, ImageDisksGrow, ImageDisksList, ImageDisksRelease, ImageDisksUsage, ImageListAll,
+        ImageOpCancel, ImageOpShow, ImageResolve, ImageRootfsPrepare, ImageShow, ImageWorkDiskPrepare,
     },
     op::{OpRecord, OpRef, OpState, StageState},
 };
@@ -134,7 +134,22 @@ async fn images_and_disks_over_the_bus() {
     let err = vm_agent.call::<ImageWorkDiskPrepare>(&root).await.unwrap_err();
     assert_eq!(err.code, Code::InvalidArgument);
     assert_eq!(vm_agent.call::<ImageDisksList>(&ListDisks {}).await.unwrap().vms, [vm]);
+
+    let grow = GrowDisks { vm, work_mib: 256, system_mib: 64 };
+    for _ in 0..2 {
+        vm_agent.call::<ImageDisksGrow>(&grow).await.unwrap();
+    }
+    let less = GrowDisks { system_mib: 63, ..grow.clone() };
+    let err = vm_agent.call::<ImageDisksGrow>(&less).await.unwrap_err();
+    assert_eq!(err.code, Code::InvalidArgument);
+    let ask = GetDiskUsage { vms: vec![vm, VmId::new()] };
+    let usage = vm_agent.call::<ImageDisksUsage>(&ask).await.unwrap().disks;
+    assert_eq!(usage.keys().collect::<Vec<_>>(), [&vm]);
+    assert_eq!((usage[&vm].work_size, usage[&vm].system_size), (256 * MIB, 64 * MIB));
+    assert!(usage[&vm].work_allocated < 2 * MIB, "{usage:?}");
     vm_agent.call::<ImageDisksRelease>(&ReleaseDisks { vm }).await.unwrap();
+    let err = vm_agent.call::<ImageDisksGrow>(&grow).await.unwrap_err();
+    assert_eq!(err.code, Code::NotFound);
     assert_eq!(vm_agent.call::<ImageDisksList>(&ListDisks {}).await.unwrap().vms, []);
 }
 
