@@ -6,19 +6,24 @@ use bothy_contract::{
     guest::BootStep,
     image::{BootSet, InitStyle, WaitService},
     net::Lease,
+    usage::{GuestPort, GuestStats},
 };
 use bothy_guest_proto::{
     CONTROL_PORT, GuestClient,
     v1::{
-        File, HealthReply, HealthRequest, Nic, PersonaliseRequest, ShutdownRequest, SyncRequest,
-        TimelineRequest, WaitPortRequest,
+        File, GrowDisksRequest, HealthReply, HealthRequest, MetricsReply, MetricsRequest, Nic,
+        PersonaliseRequest, Port, PortsRequest, ShutdownRequest, SyncRequest, TimelineRequest,
+        WaitServiceRequest,
     },
 };
 use bothy_vm_agent::vmm::{
     holder::Holder,
     wire::{self, HolderHandle},
 };
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    net::IpAddr,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 use tokio::time::{sleep, timeout};
 
 /// The pause before a guest whose channel broke is tried again.
@@ -29,10 +34,19 @@ const CALL: Duration = Duration::from_secs(60);
 const ENTROPY: usize = 64;
 /// How much of the console's end an error shows.
 const LAST_LINES: usize = 15;
+/// How long one of its lines, or a guest's reason, may be, in letters.
+const MAX_LINE: usize = 200;
 /// How many steps of its boot a guest may tell, and how long their names may be: they are kept and shown.
 const MAX_STEPS: usize = 64;
 const MAX_STEP_NAME: usize = 40;
 const CONSOLE_LIMIT: u64 = 4 << 20;
+/// How long a guest may take to find out why a service is not up, after the service's own time.
+const AFTERWORD: Duration = Duration::from_secs(25);
+/// How many sockets a guest may tell of, and how long the name of a process may be.
+const MAX_PORTS: usize = 256;
+const MAX_PROCESS: usize = 32;
+/// The largest number a guest may tell of itself: what a reader of JSON still gets exactly.
+const MAX_NUMBER: u64 = 1 << 53;
 
 /// A guest of a living VMM.
 #[derive(Debug, Clone)]
@@ -135,33 +149,38 @@ impl Guest {
         Ok(())
     }
 
-    /// Waits until every service accepts connections; says how long each took.
+    /// Waits until every service is up; says how long each took. One that is not up in its own time, or has failed before it is
+    /// over, is an error.
     pub(crate) async fn wait_services(&self, services: &[WaitService]) -> Result<String, Error> {
         let client = self.client().await?;
-        let waits = services.iter().map(|service| {
-            let mut client = client.clone();
-            async move {
-                let request = WaitPortRequest {
-                    port: service.port.unwrap_or_default().into(),
-                    timeout_ms: u64::from(service.timeout_s) * 1000,
-                };
-                let answer = client.wait_port(request).await.map_err(|s| fail("wait_port", &s))?.into_inner();
-                if !answer.open {
-                    return Err(Error::new(
-                        Code::DeadlineExceeded,
-                        format!(
-                            "{} ({}) is not up after {} s",
-                            service.name,
-                            service.what(),
-                            service.timeout_s
-                        ),
-                    )
-                    .hint("see `bothy vm logs`"));
-                }
-                Ok(format!("{} after {} ms", service.name, answer.waited_us / 1000))
-            }
-        });
+        let waits = services.iter().map(|service| wait_service(client.clone(), service));
         Ok(futures::future::try_join_all(waits).await?.join(", "))
+    }
+
+    /// How the guest stands, by its own word.
+    pub(crate) async fn metrics(&self) -> Result<GuestStats, Error> {
+        let reply = self.client().await?.metrics(MetricsRequest {}).await.map_err(|s| fail("metrics", &s))?;
+        Ok(stats(&reply.into_inner()))
+    }
+
+    /// The sockets on which the guest listens, by its own word.
+    pub(crate) async fn ports(&self) -> Result<Vec<GuestPort>, Error> {
+        let work = async {
+            let reply = self.client().await?.ports(PortsRequest {}).await.map_err(|s| fail("ports", &s))?;
+            Ok(reply.into_inner().ports.into_iter().filter_map(port).take(MAX_PORTS).collect())
+        };
+        self.alive_within("asking for the guest's ports", CALL, work).await
+    }
+
+    /// Has the guest's file systems grow to their disks, which have these sizes by now.
+    pub(crate) async fn grow_disks(&self, work_mib: u64, system_mib: u64) -> Result<(), Error> {
+        let work = async {
+            let bytes = |mib: u64| mib.saturating_mul(1 << 20);
+            let request = GrowDisksRequest { work_bytes: bytes(work_mib), system_bytes: bytes(system_mib) };
+            self.client().await?.grow_disks(request).await.map_err(|s| fail("grow_disks", &s))?;
+            Ok(())
+        };
+        self.alive_within("growing the guest's file systems", CALL, work).await
     }
 
     /// The steps of the guest's boot, and when its kernel started.
@@ -191,6 +210,76 @@ impl Guest {
     }
 }
 
+/// Waits for one service, and says how long it took.
+async fn wait_service(mut client: GuestClient, service: &WaitService) -> Result<String, Error> {
+    let limit = Duration::from_secs(service.timeout_s.into());
+    let request = WaitServiceRequest {
+        port: service.port.unwrap_or_default().into(),
+        unit: service.unit.clone().unwrap_or_default(),
+        timeout_ms: u64::try_from(limit.as_millis()).unwrap_or(u64::MAX),
+    };
+    let begun = tokio::time::Instant::now();
+    let (code, why, log) = match timeout(limit + AFTERWORD, client.wait_service(request)).await {
+        Ok(answer) => {
+            let told = answer.map_err(|s| fail("wait_service", &s))?.into_inner();
+            if told.ready {
+                return Ok(format!("{} after {} ms", service.name, told.waited_us / 1000));
+            }
+            // The guest's clock is the guest's word.
+            let code = if begun.elapsed() < limit { Code::StageFailed } else { Code::DeadlineExceeded };
+            (code, plain(&told.why, MAX_LINE), last_lines(told.log.as_bytes()))
+        }
+        Err(_) => (Code::DeadlineExceeded, "the guest's agent does not answer".to_owned(), None),
+    };
+    let log = log.map(|lines| format!("; its last lines:\n{lines}")).unwrap_or_default();
+    let (name, what, after) = (&service.name, service.what(), begun.elapsed().as_millis());
+    let error = Error::new(code, format!("{name} ({what}) is not up after {after} ms: {why}{log}"));
+    Err(error.hint(
+        "see `bothy vm logs`; slow hosts may need a higher `timeout_s` of `[[wait]]` in the image's recipe",
+    ))
+}
+
+/// What a guest says of itself, as numbers that a reader can take.
+fn stats(told: &MetricsReply) -> GuestStats {
+    let bounded = |number: u64| number.min(MAX_NUMBER);
+    let part = |part: u64, whole: u64| part.min(whole).min(MAX_NUMBER);
+    GuestStats {
+        uptime_s: bounded(told.uptime_us / 1_000_000),
+        memory_total: bounded(told.memory_total),
+        memory_available: part(told.memory_available, told.memory_total),
+        // NaN is no number that JSON has.
+        load_1m: if told.load_1m.is_finite() { told.load_1m.clamp(0.0, 1e6) } else { 0.0 },
+        home_size: bounded(told.home_size),
+        home_used: part(told.home_used, told.home_size),
+        root_size: bounded(told.root_size),
+        root_used: part(told.root_used, told.root_size),
+    }
+}
+
+/// A socket as the guest tells it; `None` where that makes no sense.
+fn port(told: Port) -> Option<GuestPort> {
+    let known = ["tcp", "tcp6", "udp", "udp6"].into_iter().find(|known| *known == told.protocol)?;
+    let address: IpAddr = told.address.parse().ok()?;
+    let port = u16::try_from(told.port).ok().filter(|port| *port != 0)?;
+    let process = plain(&told.process, MAX_PROCESS);
+    Some(GuestPort {
+        protocol: known.to_owned(),
+        address: address.to_string(),
+        port,
+        process: (!process.is_empty()).then_some(process),
+    })
+}
+
+/// A guest's words without what moves a terminal's cursor, and not more than `most` letters of them.
+fn plain(text: &str, most: usize) -> String {
+    text.chars().filter(|c| !c.is_control() && !reorders(*c)).take(most).collect::<String>().trim().to_owned()
+}
+
+/// Whether `c` changes the order or presence of the letters around it: a text with such reads as another.
+fn reorders(c: char) -> bool {
+    matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
+}
+
 /// A step as the guest tells it, with a name that is short and plain.
 fn step(told: bothy_guest_proto::v1::Step) -> BootStep {
     let name = told.name.chars().filter(char::is_ascii_graphic).take(MAX_STEP_NAME).collect();
@@ -207,9 +296,15 @@ fn fail(call: &str, status: &tonic::Status) -> Error {
         tonic::Code::FailedPrecondition => Code::FailedPrecondition,
         tonic::Code::DeadlineExceeded => Code::DeadlineExceeded,
         tonic::Code::Unavailable | tonic::Code::Cancelled => Code::Unavailable,
+        // A guest is as new as the host was when it booted.
+        tonic::Code::Unimplemented => {
+            return Error::new(Code::FailedPrecondition, format!("the guest's agent is too old for {call}"))
+                .hint("`bothy vm restart` gives the guest this host's agent");
+        }
         _ => Code::Internal,
     };
-    Error::new(code, format!("the guest's agent failed at {call}: {}", status.message()))
+    let said = plain(status.message(), 2 * MAX_LINE);
+    Error::new(code, format!("the guest's agent failed at {call}: {said}"))
 }
 
 /// The last lines of a log that a guest wrote: made harmless, for it ends on a terminal.
@@ -218,7 +313,7 @@ fn last_lines(log: &[u8]) -> Option<String> {
     let lines: Vec<String> = text
         .lines()
         .rev()
-        .map(|l| l.chars().filter(|c| !c.is_control()).take(200).collect::<String>())
+        .map(|l| l.chars().filter(|c| !c.is_control() && !reorders(*c)).take(MAX_LINE).collect::<String>())
         .filter(|l| !l.trim().is_empty())
         .take(LAST_LINES)
         .collect();
@@ -239,6 +334,51 @@ mod tests {
         };
         let step = step(told);
         assert!(step.name.starts_with("[2Jmounts[2J") && step.name.len() == MAX_STEP_NAME, "{}", step.name);
+    }
+
+    #[test]
+    fn a_guests_numbers_are_bounded_and_finite() {
+        let told = MetricsReply {
+            uptime_us: u64::MAX,
+            memory_total: 100,
+            memory_available: u64::MAX,
+            load_1m: f64::NAN,
+            home_size: u64::MAX,
+            home_used: u64::MAX,
+            root_size: 10,
+            root_used: 3,
+        };
+        let stats = stats(&told);
+        assert_eq!((stats.memory_total, stats.memory_available), (100, 100));
+        assert_eq!((stats.home_size, stats.home_used), (MAX_NUMBER, MAX_NUMBER));
+        assert_eq!((stats.root_size, stats.root_used, stats.load_1m), (10, 3, 0.0));
+        assert!(stats.uptime_s <= MAX_NUMBER);
+        assert_eq!(super::stats(&MetricsReply { load_1m: f64::INFINITY, ..told }).load_1m, 0.0);
+        assert_eq!(super::stats(&MetricsReply { load_1m: -1.0, ..told }).load_1m, 0.0);
+    }
+
+    #[test]
+    fn a_guests_sockets_are_real_ones_with_plain_names() {
+        let good = Port {
+            protocol: "tcp".into(),
+            address: "0.0.0.0".into(),
+            port: 22,
+            pid: 1,
+            process: "ss\u{1b}[2J\u{202e}hd\n".into(),
+        };
+        let told = port(good.clone()).unwrap();
+        assert_eq!((told.process.as_deref(), told.port), (Some("ss[2Jhd"), 22));
+        let long = port(Port { process: "x".repeat(1 << 20), ..good.clone() }).unwrap();
+        assert_eq!(long.process.unwrap().len(), MAX_PROCESS);
+        assert_eq!(port(Port { process: String::new(), ..good.clone() }).unwrap().process, None);
+        for bad in [
+            Port { protocol: "\u{1b}".into(), ..good.clone() },
+            Port { address: "here".into(), ..good.clone() },
+            Port { port: 0, ..good.clone() },
+            Port { port: 70_000, ..good },
+        ] {
+            assert_eq!(port(bad.clone()), None, "{bad:?}");
+        }
     }
 
     #[test]

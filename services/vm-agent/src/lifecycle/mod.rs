@@ -37,7 +37,6 @@ pub(crate) mod kinds;
 pub(crate) mod machine;
 mod recover;
 pub(crate) mod set;
-mod shim;
 pub(crate) mod state;
 
 pub(crate) use recover::recover;

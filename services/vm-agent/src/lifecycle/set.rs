@@ -112,7 +112,8 @@ pub(crate) fn add(g: &mut Graph, agent: &Agent, vm: VmId, change: Change) {
     let a = agent.clone();
     let used = g.stage("grow_guest", resized, move |cx, ()| async move {
         let Some(live) = living_if(&a, vm, grows).await? else { return Ok(()) };
-        live.guest(&a.config, vm).grow_disks().await?;
+        let Shape { work_mib, system_mib, .. } = a.vm(vm).await?.facts.shape;
+        live.guest(&a.config, vm).grow_disks(work_mib, system_mib).await?;
         a.update(vm, move |row| {
             let Shape { work_mib, system_mib, .. } = row.facts.shape;
             if let Phase::Live(live) = &mut row.phase {
