@@ -2,7 +2,12 @@
 //!
 //! QEMU is always there; a Firecracker where `BOTHY_FIRECRACKER_BIN` names one, on a host whose KVM runs guests. The image is
 //! the one that the tests of `e2e` build and keep (`target/bothy/images/debian`), or the one that `BOTHY_TEST_IMAGE` names.
-#![expect(clippy::unwrap_used, clippy::print_stderr, reason = "tests may panic, and say what they skip")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stderr,
+    reason = "tests may panic, and say what they skip"
+)]
 
 mod host;
 
