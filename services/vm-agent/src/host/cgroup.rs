@@ -17,7 +17,8 @@ use std::{
 const WANTED: [&str; 4] = ["cpu", "memory", "pids", "io"];
 /// The prefix of a group's name.
 const PREFIX: &str = "bothy-vm-";
-/// The group that the agent itself goes to, since a group with processes can have no controllers in groups below it.
+/// The group that systemd starts the agent in with `DelegateSubgroup=agent`: a group with processes of its own can have no
+/// controllers in groups below it.
 const OWN: &str = "agent";
 /// Threads of the VMM beside the guest's processors, the holder's, and some to spare.
 const TASKS: u32 = 128;
@@ -43,45 +44,36 @@ impl Cgroups {
         let groups = read("/proc/self/cgroup")?;
         let own = own_group(&groups).ok_or("this process is in no cgroup v2")?;
         let own = mount.join(own.trim_start_matches('/'));
-        let parent = match own.file_name() {
-            Some(name) if name == OWN => own.parent().unwrap_or(&own).to_owned(),
-            _ => own,
-        };
-        Self::below(&parent, parent == mount)
+        match own.file_name() {
+            Some(name) if name == OWN => Self::below(own.parent().unwrap_or(&own), true),
+            // Only the root of the hierarchy may have processes of its own and controllers in groups below it.
+            _ => Self::below(&own, own == mount),
+        }
     }
 
-    /// The same for groups below `parent`; only the `root` of the hierarchy may have processes of its own too.
-    fn below(parent: &Path, root: bool) -> Result<Self, String> {
+    /// The same for groups below `parent`, which get controllers where it `may` pass them on.
+    fn below(parent: &Path, may: bool) -> Result<Self, String> {
         let probe = parent.join(format!("{PREFIX}probe-{}", std::process::id()));
         fs_err::create_dir(&probe).map_err(|e| format!("its cgroup is not delegated to the agent: {e}"))?;
         fs_err::remove_dir(&probe).map_err(|e| e.to_string())?;
         let there = fs_err::read_to_string(parent.join("cgroup.controllers")).map_err(|e| e.to_string())?;
-        let controllers: Vec<_> =
-            WANTED.into_iter().filter(|c| there.split_ascii_whitespace().any(|t| t == *c)).collect();
-        let groups = Self { parent: parent.to_owned(), controllers };
-        if groups.controllers.is_empty() {
-            return Ok(groups);
+        let there = |controller: &&str| may && there.split_ascii_whitespace().any(|t| t == *controller);
+        let mut controllers: Vec<_> = WANTED.into_iter().filter(there).collect();
+        let enable: Vec<_> = controllers.iter().map(|c| format!("+{c}")).collect();
+        if !enable.is_empty()
+            && let Err(error) = fs_err::write(parent.join("cgroup.subtree_control"), enable.join(" "))
+        {
+            // The root of a container's namespace looks like the root of the hierarchy, and may not either.
+            tracing::info!(%error, "VMs' cgroups get no controllers");
+            controllers.clear();
         }
-        if !root {
-            groups.make_way().map_err(|e| format!("cannot move the agent into a cgroup of its own: {e}"))?;
-        }
-        let enable: Vec<_> = groups.controllers.iter().map(|c| format!("+{c}")).collect();
-        fs_err::write(parent.join("cgroup.subtree_control"), enable.join(" "))
-            .map_err(|e| format!("cannot give VMs' cgroups their controllers: {e}"))?;
-        Ok(groups)
-    }
-
-    /// Moves this process out of the parent.
-    fn make_way(&self) -> io::Result<()> {
-        let own = self.parent.join(OWN);
-        make_dir(&own)?;
-        fs_err::write(own.join("cgroup.procs"), std::process::id().to_string())
+        Ok(Self { parent: parent.to_owned(), controllers })
     }
 
     /// How VMs are bounded, for people.
     pub fn describe(&self) -> String {
         let bounds = match self.controllers.as_slice() {
-            [] => "no controller is there, so nothing is bounded".to_owned(),
+            [] => "without controllers, so nothing is bounded".to_owned(),
             some => some.join(", "),
         };
         format!("cgroup v2 below {} ({bounds})", self.parent.display())
@@ -247,7 +239,10 @@ mod tests {
     #[tokio::test]
     async fn a_group_holds_processes_and_takes_them_with_it() {
         require_root!();
-        let Ok(groups) = Cgroups::find() else { return };
+        let groups = match Cgroups::find() {
+            Ok(groups) => groups,
+            Err(why) => return eprintln!("skipped: {why}"),
+        };
         assert!(groups.describe().contains("cgroup v2"));
         let vm = VmId::new();
         let bounds = Bounds::of(&Shape::default(), Accel::Tcg);
