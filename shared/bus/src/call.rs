@@ -2,8 +2,8 @@
 //!
 //! A call ends with a reply, with the service's error, or at its deadline. Until then it is sent again, under the same
 //! request id, where that is safe and may help: nobody listens (a service restarts), the connection was made anew (the
-//! reply may have been lost with the old one), and, for methods that remember request ids, after a third of the time
-//! without a word.
+//! reply may have been lost with the old one), and after some time without a word: whoever had the request may have died
+//! with it, and the bus does not tell.
 
 use crate::{Client, MAX_TIMEOUT, link::Violation, wire};
 use async_nats::{Message, Request, RequestErrorKind};
@@ -21,6 +21,12 @@ use tracing::Instrument;
 const NOBODY: Duration = Duration::from_secs(2);
 /// How long a call waits for a connection that is down.
 const NO_BUS: Duration = Duration::from_secs(5);
+
+/// How long a call waits for a word before it asks again: at most so long where request ids are remembered, and a repeat
+/// costs nothing.
+const SILENCE: Duration = Duration::from_secs(3);
+/// A call that only reads is executed anew by a repeat, so it is repeated only where it may take longer than this.
+const LONG: Duration = Duration::from_secs(15);
 
 /// How a call differs from the method's defaults.
 #[derive(Debug, Clone, Copy, Default)]
@@ -147,8 +153,11 @@ impl Call<'_> {
     ) -> Result<Message, Failed> {
         let mut state = self.client.link().state();
         let epoch = state.borrow_and_update().epoch;
-        let again =
-            if self.mutating { Instant::now() + (self.limit / 3).max(Duration::from_secs(1)) } else { end };
+        let again = match self.mutating {
+            true => Instant::now() + (self.limit / 3).clamp(Duration::from_secs(1), SILENCE),
+            false if self.limit >= LONG => Instant::now() + self.limit / 3,
+            false => end,
+        };
         tokio::select! {
             biased;
             reply = timeout_at(end, self.client.nats().send_request(self.subject.clone(), request)) => match reply {
