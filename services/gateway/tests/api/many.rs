@@ -86,8 +86,8 @@ async fn usage_is_of_what_is_named_or_of_all_that_run() {
     assert_eq!(host.raw("GET", "/v1/stats?name=web", "").await.0, 400);
     let out = host.run(BOB, &["vm", "stats"]);
     insta::assert_snapshot!(String::from_utf8_lossy(&out.stdout), @r"
-    NAME  CPU %              MEMORY  WORK DISK  SYSTEM DISK  NET IN  NET OUT     UPTIME
-    db     12.5  64.0 MiB / 1.0 GiB          -            -       -        -  1 min 1 s
+    NAME  CPU %    MEMORY  WORK DISK  SYSTEM DISK  NET IN  NET OUT     UPTIME
+    db     12.5  64.0 MiB          -            -       -        -  1 min 1 s
     ");
     let row = host.json(BOB, &["vm", "stats", "db"]);
     assert!(row["name"] == "db" && row["cpu_us"] == 1_000_000, "{row}");

@@ -142,14 +142,13 @@ fn listing(reading: &Reading) -> String {
         &["NAME", "CPU %", "MEMORY", "WORK DISK", "SYSTEM DISK", "NET IN", "NET OUT", "UPTIME"],
         &["CPU %", "MEMORY", "WORK DISK", "SYSTEM DISK", "NET IN", "NET OUT", "UPTIME"],
         reading.rows().map(|Row { name, stats }| {
-            let vm = reading.vms.get(&stats.vm);
-            let memory = vm.map(|vm| vm.booted.as_ref().unwrap_or(&vm.shape).memory_mib << 20);
             vec![
                 name.to_owned(),
                 or(stats.cpu_percent.map(|percent| format!("{percent:.1}"))),
-                or(stats.memory_bytes.map(|has| of(has, memory))),
-                or(stats.disks.map(|d| of(d.work_allocated, Some(d.work_size)))),
-                or(stats.disks.map(|d| of(d.system_allocated, Some(d.system_size)))),
+                // The host's, which is more than the guest has: the VMM needs some for itself.
+                or(stats.memory_bytes.map(size)),
+                or(stats.disks.map(|d| of(d.work_allocated, d.work_size))),
+                or(stats.disks.map(|d| of(d.system_allocated, d.system_size))),
                 or(stats.received_bytes.map(size)),
                 or(stats.sent_bytes.map(size)),
                 or(stats.uptime_s.map(uptime)),
@@ -158,8 +157,8 @@ fn listing(reading: &Reading) -> String {
     )
 }
 
-fn of(has: u64, whole: Option<u64>) -> String {
-    whole.map_or_else(|| size(has), |whole| format!("{} / {}", size(has), size(whole)))
+fn of(has: u64, whole: u64) -> String {
+    format!("{} / {}", size(has), size(whole))
 }
 
 /// Seconds in the two units that suit them.
@@ -217,9 +216,9 @@ mod tests {
     #[test]
     fn what_is_not_known_is_a_dash() {
         insta::assert_snapshot!(listing(&reading()), @r"
-        NAME  CPU %               MEMORY           WORK DISK     SYSTEM DISK   NET IN  NET OUT   UPTIME
-        web   103.2  221.0 MiB / 1.0 GiB  5.0 MiB / 10.0 GiB  0 B / 10.0 GiB  1.5 KiB      0 B  1 d 2 h
-        db        -                    -                   -               -        -        -        -
+        NAME  CPU %     MEMORY           WORK DISK     SYSTEM DISK   NET IN  NET OUT   UPTIME
+        web   103.2  221.0 MiB  5.0 MiB / 10.0 GiB  0 B / 10.0 GiB  1.5 KiB      0 B  1 d 2 h
+        db        -          -                   -               -        -        -        -
         ");
         assert!(!reading().lacks_cpu());
     }
