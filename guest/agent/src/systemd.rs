@@ -136,29 +136,40 @@ fn odd(what: &str) -> io::Error {
 
 /// The call, in little-endian D-Bus.
 fn list_units_by_names(serial: u32, unit: &str) -> Vec<u8> {
-    let mut body = Writer::default();
     let mut names = Writer::default();
     names.text(unit);
+    let mut body = Writer::default();
     body.number(names.0.len());
     body.0.extend(names.0);
+    let to = ["/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager", "ListUnitsByNames"];
+    call(serial, "org.freedesktop.systemd1", to, "as", &body.0)
+}
 
+/// A call of `method`, of an interface of an object of `destination`.
+fn call(
+    serial: u32,
+    destination: &str,
+    [object, interface, method]: [&str; 3],
+    signature: &str,
+    body: &[u8],
+) -> Vec<u8> {
     let mut fields = Writer::default();
-    fields.field(1, "o", "/org/freedesktop/systemd1");
-    fields.field(2, "s", "org.freedesktop.systemd1.Manager");
-    fields.field(3, "s", "ListUnitsByNames");
-    fields.field(6, "s", "org.freedesktop.systemd1");
+    fields.field(1, "o", object);
+    fields.field(2, "s", interface);
+    fields.field(3, "s", method);
+    fields.field(6, "s", destination);
     fields.align(8);
     fields.0.push(8);
     fields.signature("g");
-    fields.signature("as");
+    fields.signature(signature);
 
     let mut message = Writer(vec![b'l', 1, 0, 1]);
-    message.number(body.0.len());
+    message.number(body.len());
     message.0.extend(serial.to_le_bytes());
     message.number(fields.0.len());
     message.0.extend(fields.0);
     message.align(8);
-    message.0.extend(body.0);
+    message.0.extend(body);
     message.0
 }
 
@@ -274,27 +285,39 @@ mod tests {
         assert_eq!(first_unit(&huge), None);
     }
 
-    /// A real D-Bus server takes the handshake and understands the call: it refuses it by name, for it wants a `Hello` first.
+    /// A real D-Bus server, which checks every byte of a message and hangs up at the first wrong one, takes the call. There is
+    /// no systemd on it, and it says so.
     #[tokio::test]
-    async fn a_real_server_understands_it() {
+    async fn a_real_server_understands_the_call() {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("bus");
+        let config = format!(
+            "<busconfig><listen>unix:path={}</listen><policy context='default'><allow send_destination='*'/><allow receive_sender='*'/>\
+             <allow own='*'/></policy></busconfig>",
+            socket.display()
+        );
+        fs_err::write(dir.path().join("conf"), config).unwrap();
         let mut server = std::process::Command::new("dbus-daemon");
-        server.args(["--session", "--nofork", "--nopidfile", "--nosyslog"]);
-        let server = server.arg(format!("--address=unix:path={}", socket.display())).spawn();
-        let Ok(mut server) = server else { return };
+        server.args(["--nofork", "--nopidfile", "--nosyslog", "--config-file"]).arg(dir.path().join("conf"));
+        let Ok(mut server) = server.spawn() else { return };
         let mut manager = loop {
             match Manager::connect(&socket).await {
                 Ok(manager) => break manager,
-                Err(_) if server.try_wait().unwrap().is_none() => {
-                    tokio::time::sleep(Duration::from_millis(10)).await;
-                }
-                Err(error) => panic!("{error}"),
+                Err(error) => assert!(server.try_wait().unwrap().is_none(), "{error}"),
             }
+            tokio::time::sleep(Duration::from_millis(10)).await;
         };
-        let refused = manager.unit("ssh.service").await.unwrap_err();
+        // A bus wants to be greeted; systemd's private socket is none.
+        let bus = "org.freedesktop.DBus";
+        let hello = call(100, bus, ["/org/freedesktop/DBus", bus, "Hello"], "", &[]);
+        manager.stream.write_all(&hello).await.unwrap();
+        let refused = manager.unit("ssh.service").await;
+        let greeted = manager.unit("dev-vd\\x2da.device").await;
         server.kill().unwrap();
         server.wait().unwrap();
-        assert!(refused.to_string().contains("ListUnitsByNames"), "{refused}");
+        // The answer to the greeting is taken for an answer without a unit.
+        assert!(refused.unwrap_err().to_string().contains("without the unit"));
+        let told = greeted.unwrap_err().to_string();
+        assert!(told.contains("org.freedesktop.systemd1"), "{told}");
     }
 }
