@@ -6,7 +6,7 @@ use bothy_testkit::Netns;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::{
     io::{Read, Write},
-    net::Ipv4Addr,
+    net::{Ipv4Addr, Ipv6Addr},
     os::fd::AsFd,
 };
 
@@ -18,6 +18,7 @@ pub(crate) const BROADCAST: Mac = Mac([0xff; 6]);
 pub(crate) struct Guest {
     tap: fs_err::File,
     pub(crate) ip: Ipv4Addr,
+    pub(crate) ip6: Ipv6Addr,
     pub(crate) mac: Mac,
     pub(crate) gateway: Ipv4Addr,
 }
@@ -39,7 +40,13 @@ impl Guest {
     pub(crate) fn new(ns: &Netns, lease: &Lease) -> Self {
         let tap = ns.run(|| tun::open(&lease.tap)).unwrap();
         let mac: Vec<u8> = lease.mac.split(':').map(|b| u8::from_str_radix(b, 16).unwrap()).collect();
-        Self { tap, ip: lease.address, mac: Mac(mac.try_into().unwrap()), gateway: lease.gateway }
+        Self {
+            tap,
+            ip: lease.address,
+            ip6: lease.address6.unwrap(),
+            mac: Mac(mac.try_into().unwrap()),
+            gateway: lease.gateway,
+        }
     }
 
     /// The bridge's MAC address, asked for by ARP until there is an answer: the kernel notices a moment after a TAP was
@@ -84,6 +91,16 @@ impl Guest {
                 continue;
             }
             return packet;
+        }
+    }
+
+    /// The data of the next UDP packet over IPv6, and where its frame went; others are passed over.
+    pub(crate) fn receive_udp6(&mut self) -> (Mac, Vec<u8>) {
+        loop {
+            let frame = self.read(10_000).expect("a packet");
+            if frame[12..14] == [0x86, 0xdd] && frame[20] == 17 {
+                return (Mac(frame[..6].try_into().unwrap()), frame[62..].to_vec());
+            }
         }
     }
 
@@ -147,4 +164,53 @@ pub(crate) fn udp(mac: Mac, via: Mac, from: (Ipv4Addr, u16), to: (Ipv4Addr, u16)
 
 fn ethernet(from: Mac, to: Mac, kind: [u8; 2]) -> Vec<u8> {
     [&to.0[..], &from.0, &kind].concat()
+}
+
+/// An Ethernet frame with an IPv6 packet (RFC 8200) with a UDP packet (RFC 768).
+pub(crate) fn udp6(mac: Mac, via: Mac, from: (Ipv6Addr, u16), to: (Ipv6Addr, u16), data: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(8 + data.len()).unwrap().to_be_bytes();
+    let header = [from.1.to_be_bytes(), to.1.to_be_bytes(), length, [0, 0]].concat();
+    ipv6(mac, via, (from.0, to.0), 17, 64, [&header[..], data].concat(), 6)
+}
+
+/// An Ethernet frame with an ICMPv6 packet of neighbour discovery (RFC 4861): type, the eight bytes of checksum and flags
+/// without the checksum, and what follows.
+pub(crate) fn nd(
+    mac: Mac,
+    to: Mac,
+    ips: (Ipv6Addr, Ipv6Addr),
+    kind: u8,
+    flags: [u8; 4],
+    rest: &[u8],
+) -> Vec<u8> {
+    ipv6(mac, to, ips, 58, 255, [&[kind, 0, 0, 0], &flags[..], rest].concat(), 2)
+}
+
+/// The option that says "my hardware address is" (1, of the sender) or "its hardware address is" (2, of the target).
+pub(crate) fn link_address(kind: u8, mac: Mac) -> Vec<u8> {
+    [&[kind, 1], &mac.0[..]].concat()
+}
+
+fn ipv6(
+    mac: Mac,
+    via: Mac,
+    (from, to): (Ipv6Addr, Ipv6Addr),
+    next: u8,
+    hops: u8,
+    mut payload: Vec<u8>,
+    checksum_at: usize,
+) -> Vec<u8> {
+    let length = u16::try_from(payload.len()).unwrap().to_be_bytes();
+    let mut summed =
+        [&from.octets()[..], &to.octets(), &[0, 0], &length, &[0, 0, 0, next], &payload].concat();
+    if summed.len() % 2 == 1 {
+        summed.push(0);
+    }
+    let mut sum: u32 = summed.chunks(2).map(|c| u32::from(u16::from_be_bytes([c[0], c[1]]))).sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    payload[checksum_at..checksum_at + 2].copy_from_slice(&(!u16::try_from(sum).unwrap()).to_be_bytes());
+    let header = [&[0x60, 0, 0, 0], &length[..], &[next, hops], &from.octets(), &to.octets()].concat();
+    [ethernet(mac, via, [0x86, 0xdd]), header, payload].concat()
 }

@@ -8,13 +8,14 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rtnetlink::{LinkUnspec, RouteMessageBuilder};
 use std::{
     io::{Read, Write},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
     os::fd::AsFd,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
+    time::Duration,
 };
 
 pub(crate) struct Machine {
@@ -75,7 +76,31 @@ impl Machine {
                 }
             }
         });
-        Self { ns, lease: lease.clone(), stop, pump: Some(pump) }
+        let machine = Self { ns, lease: lease.clone(), stop, pump: Some(pump) };
+        machine.settle();
+        machine
+    }
+
+    /// Waits until the bridge answers: the kernel notices a moment after a TAP was opened that its port has a carrier, and
+    /// drops frames until then.
+    fn settle(&self) {
+        for _ in 0..200 {
+            let table = self.ns.run(|| {
+                let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+                let _ = socket.send_to(b"?", (self.lease.gateway, 9));
+                std::thread::sleep(Duration::from_millis(20));
+                fs_err::read_to_string("/proc/thread-self/net/arp")
+            });
+            // The flag of a complete entry: ATF_COM of linux/if_arp.h.
+            let answered = |line: &str| {
+                let mut words = line.split_whitespace();
+                words.next() == Some(&self.lease.gateway.to_string()) && words.nth(1) == Some("0x2")
+            };
+            if table.unwrap().lines().any(answered) {
+                return;
+            }
+        }
+        panic!("the bridge does not answer {}", self.lease.tap);
     }
 }
 

@@ -2,17 +2,17 @@
 //! waiting: it is sent first, and what is allowed arrives first.
 
 use crate::{
-    guest::{BROADCAST, Guest, Packet, arp, udp},
+    guest::{BROADCAST, Guest, Packet, arp, link_address, nd, udp, udp6},
     world::{World, ask},
 };
 use bothy_contract::{
     VmId,
     net::{Egress, Lease},
 };
-use bothy_net_agent::{network::Network, plan::Mac};
+use bothy_net_agent::{link::Links, network::Network, plan::Mac};
 use bothy_testkit::{Netns, require_root};
 use std::{
-    net::{Ipv4Addr, UdpSocket},
+    net::{Ipv4Addr, Ipv6Addr, UdpSocket},
     time::Duration,
 };
 
@@ -148,5 +148,94 @@ fn a_released_tap_is_cut_off() {
         net.release(vm).await.unwrap();
         let gone = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| guest.send(&[0; 60])));
         assert!(gone.is_err(), "the old descriptor is dead, whatever is made under the name");
+    });
+}
+
+#[test]
+fn ipv6_of_somebody_else_is_dropped() {
+    require_root!();
+    let world = &World::new();
+    let outside = world.neighbour();
+    world.neighbour6(&outside);
+    let server = outside.run(|| UdpSocket::bind("[::]:9")).unwrap();
+    server.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    world.with_agent(|net| async move {
+        let (_, first) = lease(&net, true).await;
+        let (_, second) = lease(&net, true).await;
+        let mut guest = Guest::new(&world.ns, &first);
+        let via = guest.gateway_mac();
+        let to: (Ipv6Addr, u16) = ("fd00:1::2".parse().unwrap(), 9);
+        let other = Mac([0x52, 0x54, 0, 1, 2, 3]);
+        let (theirs, gateway) = (second.address6.unwrap(), first.gateway6.unwrap());
+        let nobodys = Ipv6Addr::from(u128::from(gateway) + 0xffff);
+        for (mac, ip) in [
+            (guest.mac, theirs),
+            (guest.mac, gateway),
+            (guest.mac, nobodys),
+            (guest.mac, Ipv6Addr::UNSPECIFIED),
+            (other, guest.ip6),
+            (other, theirs),
+        ] {
+            guest.send(&udp6(mac, via, (ip, 7000), to, b"spoofed"));
+        }
+        guest.send(&udp6(guest.mac, via, (guest.ip6, 7000), to, b"honest"));
+        assert_eq!(next(&server).0, b"honest");
+    });
+}
+
+#[test]
+fn nothing_said_in_neighbour_discovery_or_arp_moves_the_host() {
+    require_root!();
+    let world = &World::new();
+    let host = world.ns.run(|| UdpSocket::bind("[::]:0")).unwrap();
+    world.with_agent(|net| async move {
+        let (_, first) = lease(&net, true).await;
+        let (_, second) = lease(&net, true).await;
+        let mut liar = Guest::new(&world.ns, &first);
+        let mut b = Guest::new(&world.ns, &second);
+        let via = liar.gateway_mac();
+        b.gateway_mac();
+        let bridge = crate::world::links().await["bothy0"].index;
+        let neighbours = || async move { Links::open().unwrap().fixed_neighbours(bridge).await.unwrap() };
+        let text = |path: &str| fs_err::read_to_string(format!("/proc/thread-self/net/{path}")).unwrap();
+        // Destination, gateway and link of each route; the rest are counters.
+        let routes = || -> Vec<[String; 3]> {
+            let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+            text("ipv6_route").lines().map(words).map(|w| [0, 4, 9].map(|n| w[n].clone())).collect()
+        };
+        let before = (neighbours().await, text("if_inet6"), routes());
+        assert_eq!(before.0[&b.ip6.into()], b.mac.0);
+
+        let (gateway, link_local) = (first.gateway6.unwrap(), liar.mac.link_local());
+        let target = |ip: Ipv6Addr| ip.octets().to_vec();
+        let lie = link_address(1, Mac([0x52, 0x54, 0, 9, 9, 9]));
+        // "I am b", as an override and unasked; "ask me at another MAC"; "b asks, at my MAC"; "I am a router"; "go by me".
+        let claim = [target(b.ip6), link_address(2, liar.mac)].concat();
+        liar.send(&nd(liar.mac, via, (liar.ip6, gateway), 136, [0x60, 0, 0, 0], &claim));
+        liar.send(&nd(liar.mac, via, (b.ip6, gateway), 136, [0x60, 0, 0, 0], &claim));
+        liar.send(&nd(liar.mac, via, (liar.ip6, gateway), 135, [0; 4], &[target(gateway), lie].concat()));
+        let asks = [target(gateway), link_address(1, liar.mac)].concat();
+        liar.send(&nd(liar.mac, via, (b.ip6, gateway), 135, [0; 4], &asks));
+        let all: Ipv6Addr = "ff02::1".parse().unwrap();
+        let router = [vec![0; 8], link_address(1, liar.mac)].concat();
+        liar.send(&nd(
+            liar.mac,
+            Mac([0x33, 0x33, 0, 0, 0, 1]),
+            (link_local, all),
+            134,
+            [64, 0, 7, 8],
+            &router,
+        ));
+        let redirect = [target(link_local), target(b.ip6)].concat();
+        liar.send(&nd(liar.mac, via, (link_local, gateway), 137, [0; 4], &redirect));
+        liar.send(&arp(liar.mac, via, 2, (liar.mac, b.ip), (via, first.gateway)));
+        liar.send(&arp(liar.mac, via, 2, (Mac([2; 6]), liar.ip), (via, first.gateway)));
+
+        host.send_to(b"to b", (b.ip6, 7000)).unwrap();
+        let (mac, data) = b.receive_udp6();
+        assert_eq!((mac, data.as_slice()), (b.mac, &b"to b"[..]));
+        host.send_to(b"to you", (liar.ip6, 7000)).unwrap();
+        assert_eq!(liar.receive_udp6(), (liar.mac, b"to you".to_vec()), "and nothing for b");
+        assert_eq!((neighbours().await, text("if_inet6"), routes()), before);
     });
 }

@@ -4,6 +4,7 @@ use crate::world::{World, ask, links, ruleset, taps};
 use bothy_contract::{Code, VmId, net::Egress};
 use bothy_net_agent::{link::Links, network::Network, nft::Nft, plan::Plan, tun};
 use bothy_testkit::require_root;
+use rtnetlink::LinkBridge;
 
 const FOREIGN: &str = r#"{"nftables":[
     {"add":{"table":{"family":"inet","name":"theirs"}}},
@@ -161,4 +162,50 @@ fn a_subnet_changed_under_leases_is_refused() {
     let refused = world.ns.block_on(async { Network::start(&world.config).await.unwrap_err() });
     assert_eq!(refused.code, Code::FailedPrecondition);
     assert!(refused.message.contains("10.77.0.2"), "{refused}");
+}
+
+#[test]
+fn the_default_subnet_makes_way_and_then_stays() {
+    require_root!();
+    let world = &World::new();
+    world.ns.block_on(async {
+        let (connection, handle, _) = rtnetlink::new_connection().unwrap();
+        tokio::spawn(connection);
+        handle.link().add(LinkBridge::new("theirs0").up().build()).execute().await.unwrap();
+        let index = links().await["theirs0"].index;
+        for theirs in [[10, 77, 3, 1], [10, 78, 3, 1]] {
+            handle.address().add(index, theirs.into(), 16).execute().await.unwrap();
+        }
+    });
+    let subnet6 = world.with_agent(|net| async move {
+        let host = net.show();
+        assert_eq!(host.subnet, "10.79.0.0/24");
+        let lease = net.acquire(ask(VmId::new(), false)).await.unwrap();
+        assert_eq!(lease.address.octets()[..3], [10, 79, 0]);
+        net.teardown().await.unwrap();
+        let raw = Links::open().unwrap();
+        raw.delete(&links().await["theirs0"]).await.unwrap();
+        host.subnet6
+    });
+    assert!(subnet6.as_ref().is_some_and(|s| s.starts_with("fd") && s.ends_with("::/64")), "{subnet6:?}");
+    let host = world.with_agent(|net| async move { net.show() });
+    assert_eq!((host.subnet.as_str(), host.subnet6), ("10.79.0.0/24", subnet6), "kept");
+}
+
+#[test]
+fn a_lost_neighbour_entry_is_mended() {
+    require_root!();
+    let world = &World::new();
+    world.with_agent(|net| async move {
+        let lease = net.acquire(ask(VmId::new(), false)).await.unwrap();
+        let raw = Links::open().unwrap();
+        let bridge = links().await["bothy0"].index;
+        let plan = Plan::new(&world.config).unwrap();
+        let before = raw.fixed_neighbours(bridge).await.unwrap();
+        assert_eq!(before.len(), 8, "four slots, two families: {before:?}");
+        raw.forget_neighbours(&plan, &plan.slot(lease.slot).unwrap(), bridge).await.unwrap();
+        assert_eq!(raw.fixed_neighbours(bridge).await.unwrap().len(), 7);
+        net.check().await.unwrap();
+        assert_eq!(raw.fixed_neighbours(bridge).await.unwrap(), before);
+    });
 }
