@@ -7,7 +7,8 @@
 //! A host that reads slowly stops the pumps and so, in the end, the command; nothing is dropped. When the command has
 //! exited, what is in its pipes is still delivered before `exited`. A background child that keeps a pipe open does
 //! not hold that up: after the exit a pump reads at most what a pipe can hold, and waits at most [`QUIET`] for more.
-//! When the host goes away, the command's process group gets SIGHUP, and SIGKILL after [`HANGUP_GRACE`].
+//! When the host goes away, the command's process group gets SIGHUP, and once the command has ended or [`HANGUP_GRACE`] is
+//! over, SIGKILL: whoever is left of the group goes too. On a terminal the same holds for the job in the foreground.
 
 mod spawn;
 
@@ -21,6 +22,8 @@ use bothy_guest_proto::v1::{ExecExited, ExecInput, ExecOutput, ExecStart, ExecSt
 use bothy_guest_proto::v1::{exec_input::Input, exec_output::Output};
 use futures::{Stream, StreamExt};
 use nix::libc;
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::Pid;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::process::Child;
 use tokio::sync::{mpsc, watch};
@@ -36,6 +39,8 @@ const QUIET: Duration = Duration::from_millis(100);
 const LEFTOVER: usize = 1 << 20;
 /// Between SIGHUP and SIGKILL for a command whose host is gone.
 const HANGUP_GRACE: Duration = Duration::from_secs(2);
+/// Between two looks whether such a command has ended.
+const HANGUP_POLL: Duration = Duration::from_millis(20);
 /// What end of file is on a terminal: VEOF, control-D.
 const END_OF_TYPING: &[u8] = &[4];
 
@@ -55,7 +60,7 @@ where
         }
     };
     let Spawned { mut child, terminal } = spawned;
-    let group = Group::new(&child);
+    let group = Group::new(&child, terminal.clone());
     let _ = replies.send(Ok(message(Output::Started(ExecStarted { pid: group.pid.cast_unsigned() })))).await;
 
     let (exited, on_exit) = watch::channel(false);
@@ -105,16 +110,8 @@ async fn wait(child: &mut Child, group: &Group, replies: &Replies) -> io::Result
     let status = tokio::select! {
         status = child.wait() => status,
         () = replies.closed() => {
-            group.signal(libc::SIGHUP);
-            // A stopped command would not see it.
-            group.signal(libc::SIGCONT);
-            match tokio::time::timeout(HANGUP_GRACE, child.wait()).await {
-                Ok(status) => status,
-                Err(_) => {
-                    group.signal(libc::SIGKILL);
-                    child.wait().await
-                }
-            }
+            group.hang_up().await;
+            child.wait().await
         }
     };
     group.gone.store(true, Ordering::Relaxed);
@@ -128,12 +125,13 @@ async fn wait(child: &mut Child, group: &Group, replies: &Replies) -> io::Result
 struct Group {
     pid: i32,
     gone: Arc<AtomicBool>,
+    terminal: Option<Master>,
 }
 
 impl Group {
-    fn new(child: &Child) -> Self {
+    fn new(child: &Child, terminal: Option<Master>) -> Self {
         let pid = child.id().map_or(0, u32::cast_signed);
-        Self { pid, gone: Arc::new(AtomicBool::new(pid <= 1)) }
+        Self { pid, gone: Arc::new(AtomicBool::new(pid <= 1)), terminal }
     }
 
     /// Sends a signal; nobody there to get it is fine.
@@ -141,6 +139,46 @@ impl Group {
         if !self.gone.load(Ordering::Relaxed) {
             let _ = sys::kill(-self.pid, signal);
         }
+    }
+
+    /// The job in the foreground of the terminal, where that is not the command itself: a shell gives each its own group.
+    fn foreground(&self) -> Option<i32> {
+        let job = self.terminal.as_ref()?.foreground()?;
+        (job > 1 && job != self.pid && !self.gone.load(Ordering::Relaxed)).then_some(job)
+    }
+
+    /// Sends a signal to whom the terminal's keys would send it; without a terminal, to the command's group.
+    fn signal_foreground(&self, signal: i32) {
+        match self.foreground() {
+            Some(job) => {
+                let _ = sys::kill(-job, signal);
+            }
+            None => self.signal(signal),
+        }
+    }
+
+    /// Whether the command has ended. It is left to be reaped, so that its number stays its own.
+    fn ended(&self) -> bool {
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        !matches!(waitid(Id::Pid(Pid::from_raw(self.pid)), flags), Ok(WaitStatus::StillAlive))
+    }
+
+    /// Ends the command and all of its group.
+    async fn hang_up(&self) {
+        let job = self.foreground();
+        // A stopped command would not see the first without the second.
+        for signal in [libc::SIGHUP, libc::SIGCONT] {
+            self.signal(signal);
+            job.map(|job| sys::kill(-job, signal));
+        }
+        let until = tokio::time::Instant::now() + HANGUP_GRACE;
+        while !self.ended() && tokio::time::Instant::now() < until {
+            tokio::time::sleep(HANGUP_POLL).await;
+        }
+        // Those that end by the first signal have a moment more than the command had.
+        tokio::time::sleep(QUIET).await;
+        self.signal(libc::SIGKILL);
+        job.map(|job| sys::kill(-job, libc::SIGKILL));
     }
 }
 
@@ -166,7 +204,7 @@ where
                     let _ = terminal.resize(rows, cols);
                 }
             }
-            Some(Input::Signal(signal)) if (1..=64).contains(&signal) => group.signal(signal),
+            Some(Input::Signal(signal)) if (1..=64).contains(&signal) => group.signal_foreground(signal),
             Some(Input::Signal(_) | Input::StdinEof(false) | Input::Start(_)) | None => {}
         }
     }

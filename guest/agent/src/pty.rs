@@ -59,6 +59,11 @@ impl Master {
         Ok(())
     }
 
+    /// The process group in the foreground, which the terminal's keys send their signals to; `None` where there is none.
+    pub(crate) fn foreground(&self) -> Option<i32> {
+        nix::unistd::tcgetpgrp(self.0.get_ref()).ok().map(nix::unistd::Pid::as_raw)
+    }
+
     /// Changes the size of the terminal; its foreground commands get SIGWINCH.
     ///
     /// # Errors

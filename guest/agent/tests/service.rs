@@ -56,7 +56,7 @@ impl Session {
     }
 
     /// Reads until `text` has come.
-    async fn expect(&mut self, text: &str) {
+    async fn expect(&mut self, text: &str) -> String {
         let mut seen = String::new();
         while !seen.contains(text) {
             match self.output.message().await.unwrap().unwrap().output.unwrap() {
@@ -65,6 +65,7 @@ impl Session {
                 other => panic!("{other:?} after {seen:?}"),
             }
         }
+        seen
     }
 
     async fn end(mut self) -> Outcome {
@@ -220,6 +221,58 @@ async fn signals_reach_the_whole_group() {
 }
 
 #[tokio::test]
+async fn signals_reach_the_job_in_the_foreground_of_a_terminal_and_not_its_shell() {
+    let mut agent = agent().await;
+    let script = "set -m; sh -c 'echo first; exec sleep 1000'; echo job $?; \
+                  sh -c 'echo pid $$ up; exec sleep 1000'; echo never";
+    let start = ExecStart { tty: true, ..command(&["bash", "-c", script]) };
+    let mut session = Session::begin(&mut agent, start).await;
+    let shell = session.pid().await;
+    session.expect("first").await;
+    session.send(Input::Signal(15)).await;
+    let seen = session.expect(" up").await;
+    assert!(seen.contains("job 143") && alive(shell), "{seen:?}");
+    let job: i32 = seen.split("pid ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+    assert!(alive(job) && job != shell);
+    // The host leaves while the second job is in the foreground.
+    drop(session);
+    drop(agent);
+    gone(shell).await;
+    gone(job).await;
+}
+
+/// Waits until there is no such process, not even one that nobody has reaped.
+async fn gone(pid: i32) {
+    let patience = Instant::now() + Duration::from_secs(30);
+    while std::path::Path::new(&format!("/proc/{pid}")).exists() {
+        assert!(Instant::now() < patience, "process {pid} is still there");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn many_commands_run_at_once() {
+    let agent = agent().await;
+    let runs = (0..64).map(|n| {
+        let mut agent = agent.clone();
+        async move {
+            let start =
+                ExecStart { tty: n % 8 == 0, ..sh(&format!("echo {n}; read line; echo $line; exit {n}")) };
+            let session = Session::begin(&mut agent, start).await;
+            // None ends before all have begun.
+            (n, session)
+        }
+    });
+    for (n, mut session) in futures::future::join_all(runs).await {
+        session.expect(&format!("{n}")).await;
+        session.send(Input::Stdin(format!("<{n}>\n").into_bytes())).await;
+        let outcome = session.end().await;
+        assert!(String::from_utf8_lossy(&outcome.stdout).contains(&format!("<{n}>")), "{n}: {outcome:?}");
+        assert_eq!(outcome.exited.unwrap().status, n);
+    }
+}
+
+#[tokio::test]
 async fn a_background_child_does_not_hold_the_exec() {
     let outcome = run(sh("sleep 60 & echo $!")).await;
     assert_eq!(outcome.exited.unwrap().status, 0);
@@ -248,11 +301,56 @@ async fn a_host_that_goes_away_takes_its_command_with_it() {
         assert!(alive(pid));
         drop(session);
         drop(agent);
-        let patience = Instant::now() + Duration::from_secs(30);
-        while alive(pid) {
-            assert!(Instant::now() < patience, "`{script}` lives on");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        gone(pid).await;
+    }
+}
+
+#[tokio::test]
+async fn who_is_left_of_the_group_goes_with_its_command() {
+    let mut agent = agent().await;
+    let script = "sh -c 'trap \"\" HUP; echo $$ up; while :; do sleep 1; done' & wait";
+    let mut session = Session::begin(&mut agent, sh(script)).await;
+    let command = session.pid().await;
+    let seen = session.expect("up").await;
+    let child: i32 = seen.split(' ').next().unwrap().parse().unwrap();
+    assert!(alive(child) && child != command);
+    drop(session);
+    drop(agent);
+    gone(command).await;
+    let patience = Instant::now() + Duration::from_secs(30);
+    // An orphan: whose zombie it is, is not ours to say.
+    while alive(child) {
+        assert!(Instant::now() < patience, "the child lives on");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn metrics_disks_and_services() {
+    let mut agent = agent().await;
+    let told = agent.metrics(v1::MetricsRequest {}).await.unwrap().into_inner();
+    assert!(told.memory_total > told.memory_available && told.root_size > told.root_used, "{told:?}");
+    // This machine has none of our disks.
+    let grown = agent.grow_disks(v1::GrowDisksRequest::default()).await.unwrap().into_inner();
+    assert_eq!((grown.work_bytes, grown.system_bytes), (0, 0));
+
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = u32::from(listener.local_addr().unwrap().port());
+    let wait = |port, unit: &str, timeout_ms| v1::WaitServiceRequest { port, unit: unit.into(), timeout_ms };
+    let up = agent.wait_service(wait(port, "", 30_000)).await.unwrap().into_inner();
+    assert!(up.ready && up.why.is_empty(), "{up:?}");
+    drop(listener);
+    let down = agent.wait_service(wait(port, "", 1)).await.unwrap().into_inner();
+    assert!(!down.ready && down.why.contains(&port.to_string()) && down.log.is_empty(), "{down:?}");
+    for (bad, code) in [
+        (wait(0, "", 1), tonic::Code::InvalidArgument),
+        (wait(70_000, "", 1), tonic::Code::InvalidArgument),
+        (wait(0, "-x.service", 1), tonic::Code::InvalidArgument),
+        (wait(port, "../x.service", 1), tonic::Code::InvalidArgument),
+        // PID 1 of this machine is not the guest's systemd.
+        (wait(0, "ssh.service", 1), tonic::Code::FailedPrecondition),
+    ] {
+        assert_eq!(agent.wait_service(bad.clone()).await.unwrap_err().code(), code, "{bad:?}");
     }
 }
 
