@@ -129,10 +129,21 @@ async fn a_holder_is_found_again_without_any_record() {
 
     kill(pid(handle.holder.pid), Signal::SIGCONT).unwrap();
     assert_eq!(answers(&holder).await.handle, handle);
+    // A VMM for which nobody answers can still be ended, and that alone.
+    kill(pid(neighbour.holder.pid), Signal::SIGSTOP).unwrap();
+    fs_err::remove_file(beside.dir.join(wire::HOLDER_SOCKET)).unwrap();
+    let later = Process { start_time: neighbour.vmm.start_time + 1, ..neighbour.vmm };
+    other.kill_vmm(&HolderHandle { vmm: later, ..neighbour }, 9).await.unwrap();
+    assert!(neighbour.vmm.is_alive());
+    other.kill_vmm(&neighbour, 9).await.unwrap();
+    timeout(LONG, Holder::gone(neighbour.vmm)).await.unwrap().unwrap();
+    kill(pid(neighbour.holder.pid), Signal::SIGCONT).unwrap();
+    timeout(LONG, Holder::gone(neighbour.holder)).await.unwrap().unwrap();
+    assert_eq!(other.exit().unwrap().unwrap().signal, Some(9), "the holder comes to writing it down");
+
     // A holder that dies takes its VMM along, and then nothing is found.
     kill(pid(handle.holder.pid), Signal::SIGKILL).unwrap();
     gone(handle).await;
     assert!(matches!(look(&holder, Some(&handle)).await, Liveness::Dead { .. }));
     assert_eq!(rediscover(&holder).await.unwrap(), None);
-    assert_eq!(rediscover(&other).await.unwrap().unwrap().handle, neighbour);
 }

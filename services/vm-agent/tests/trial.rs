@@ -1,7 +1,6 @@
 //! The trial of KVM ends with whoever makes it, however that ends: no QEMU of it is left behind.
 //!
 //! The one that makes it is this very program, started again beside a `bothy-vmm`, where an agent's is.
-#![expect(clippy::unwrap_used, clippy::print_stderr, reason = "tests may panic, and say what they skip")]
 
 use bothy_vm_agent::vmm::{
     accel::{self, Trial},

@@ -12,11 +12,13 @@ use super::{
 use bothy_config::DriverChoice;
 use bothy_contract::{Code, Error};
 use std::{
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 const KVM: &str = "/dev/kvm";
+const TUN: &str = "/dev/net/tun";
 
 /// What a choice is made from.
 #[derive(Debug, Clone)]
@@ -57,11 +59,15 @@ pub async fn choose(host: &Host<'_>) -> Result<Choice, Error> {
         DriverChoice::QemuMicrovm => qemu(host, "set by `vm.driver`".into()).await,
         DriverChoice::Firecracker => {
             let driver = Firecracker::find(&config.firecracker).await?;
-            kvm_opens().map_err(|why| {
+            kvm_opens().and_then(|()| tap_opens(Path::new(TUN))).map_err(|why| {
                 Error::new(Code::FailedPrecondition, format!("Firecracker cannot run a guest here: {why}"))
-                    .hint("make KVM usable, or set `vm.driver` to `auto` in bothy.toml")
+                    .hint("mend that, or set `vm.driver` to `auto` in bothy.toml")
             })?;
             refuse_jailer(config)?;
+            if config.accelerator == bothy_config::Accelerator::Tcg {
+                return Err(Error::new(Code::FailedPrecondition, "Firecracker runs guests under KVM only")
+                    .hint("`vm.driver` and `vm.accelerator` in bothy.toml contradict each other: set one to `auto`"));
+            }
             let finding =
                 Finding { accel: Accel::Kvm, reason: "Firecracker runs guests under KVM only".into() };
             Ok(Choice {
@@ -82,10 +88,12 @@ async fn auto(host: &Host<'_>) -> Result<Choice, Error> {
         }
         Err(e) => return qemu(host, format!("Firecracker cannot be used: {}", e.message)).await,
     };
-    if let Err(why) = kvm_opens() {
+    if let Err(why) = kvm_opens().and_then(|()| tap_opens(Path::new(TUN))) {
         return qemu(host, format!("Firecracker {} is there, but {why}", driver.version())).await;
     }
-    refuse_jailer(host.config)?;
+    if let Err(e) = refuse_jailer(host.config) {
+        return qemu(host, e.message).await;
+    }
     if host.config.accelerator == bothy_config::Accelerator::Tcg {
         return qemu(host, "Firecracker does not run guests by `vm.accelerator = \"tcg\"`".into()).await;
     }
@@ -140,6 +148,16 @@ fn kvm_opens() -> Result<(), String> {
         .open(KVM)
         .map(drop)
         .map_err(|e| format!("KVM cannot be opened: {e}"))
+}
+
+/// Firecracker opens its TAP by itself, as the VM's user, who is in no group that could help.
+fn tap_opens(node: &Path) -> Result<(), String> {
+    let meta = fs_err::metadata(node).map_err(|e| format!("there is no TAP driver: {e}"))?;
+    if meta.mode() & 0o006 == 0o006 {
+        return Ok(());
+    }
+    let mode = meta.mode() & 0o777;
+    Err(format!("{} is not for every user to open, its mode is {mode:o} and not 666", node.display()))
 }
 
 /// The holder is the VM's user before it starts the VMM, and Firecracker's jailer must be started as root.
@@ -216,6 +234,19 @@ mod tests {
         program(dir.path(), "firecracker", "Firecracker v2.0.0");
         let e = chosen(&wants, dir.path()).await.unwrap_err();
         assert!(e.code == Code::FailedPrecondition && e.hint.is_some(), "{e}");
+        program(dir.path(), "firecracker", "Firecracker v1.16.1");
+        if kvm_opens().and_then(|()| tap_opens(Path::new(TUN))).is_ok() {
+            assert_eq!(chosen(&wants, dir.path()).await.unwrap().driver.name(), FIRECRACKER);
+            let tcg = bothy_config::Vm { accelerator: bothy_config::Accelerator::Tcg, ..wants.clone() };
+            assert!(chosen(&tcg, dir.path()).await.unwrap_err().message.contains("KVM only"));
+            // Nobody who asks for a jail gets a VMM without one.
+            let jailed = bothy_config::Vm { jailer: Some("/usr/bin/jailer".into()), ..wants.clone() };
+            let e = chosen(&jailed, dir.path()).await.unwrap_err();
+            assert!(e.message.contains("cannot be started through /usr/bin/jailer"), "{e}");
+            let auto = bothy_config::Vm { driver: DriverChoice::Auto, ..jailed };
+            let choice = chosen(&auto, dir.path()).await.unwrap();
+            assert!(choice.driver.name() == QEMU_MICROVM && choice.reason.contains("jailer"), "{choice:?}");
+        }
         let wants = bothy_config::Vm { driver: DriverChoice::QemuMicrovm, ..wants };
         assert_eq!(chosen(&wants, dir.path()).await.unwrap().reason, "set by `vm.driver`");
     }
@@ -227,8 +258,8 @@ mod tests {
         program(dir.path(), "firecracker", "Firecracker v1.16.1");
         let before = chosen(&config, dir.path()).await.unwrap();
         assert_eq!(before.driver.name(), QEMU_MICROVM);
-        if kvm_opens().is_err() {
-            assert!(before.reason.contains("cannot be opened"), "{}", before.reason);
+        if kvm_opens().and_then(|()| tap_opens(Path::new(TUN))).is_err() {
+            assert!(before.reason.contains("is there, but"), "{}", before.reason);
             return;
         }
         assert!(!before.is_settled() && before.reason.contains("shows once there is an image"));
@@ -241,6 +272,18 @@ mod tests {
         // And never against what the operator says of KVM.
         let tcg = bothy_config::Vm { accelerator: bothy_config::Accelerator::Tcg, ..config };
         assert_eq!(chosen(&tcg, dir.path()).await.unwrap().driver.name(), QEMU_MICROVM);
+    }
+
+    #[test]
+    fn a_tap_that_only_root_opens_is_no_tap_for_firecracker() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = dir.path().join("tun");
+        assert!(tap_opens(&node).unwrap_err().contains("no TAP driver"));
+        fs_err::write(&node, "").unwrap();
+        for (mode, good) in [(0o600, false), (0o660, false), (0o664, false), (0o666, true)] {
+            fs_err::set_permissions(&node, std::fs::Permissions::from_mode(mode)).unwrap();
+            assert_eq!(tap_opens(&node).is_ok(), good, "{mode:o}");
+        }
     }
 
     #[test]

@@ -145,6 +145,20 @@ impl Holder {
         if line == "OK" { Ok(()) } else { Err(self.refused("signal the VMM", &line)) }
     }
 
+    /// Sends `signal` to the VMM of `handle`, by its holder, or without it where nobody answers for that VMM; the latter takes
+    /// the right to signal other users' processes. One that has ended is no error.
+    ///
+    /// # Errors
+    /// Neither way is open.
+    pub async fn kill_vmm(&self, handle: &HolderHandle, signal: i32) -> Result<(), Error> {
+        if let Liveness::Alive(_) = liveness::look(self, Some(handle)).await
+            && self.kill(signal).await.is_ok()
+        {
+            return Ok(());
+        }
+        handle.vmm.signal(signal)
+    }
+
     /// Sends a command to the VMM's monitor and gives what it returned.
     ///
     /// # Errors

@@ -140,6 +140,30 @@ impl Process {
     pub fn is_alive(&self) -> bool {
         start_time(self.pid) == Some(self.start_time)
     }
+
+    /// Sends it `signal`, and never another process that has its id by now (pidfd_send_signal(2)). It takes the right to: a
+    /// VM's processes are another user's. One that has ended is not signalled, which is no error.
+    ///
+    /// # Errors
+    /// There is no such signal, or this process may not.
+    pub fn signal(&self, signal: i32) -> Result<(), Error> {
+        use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+        let failed = |err: rustix::io::Errno| {
+            let err = std::io::Error::from(err);
+            Error::internal(format!("cannot send signal {signal} to process {}", self.pid), &err)
+        };
+        let signal = Signal::from_named_raw(signal)
+            .ok_or_else(|| Error::invalid(format!("{signal} is not a signal")))?;
+        let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) else { return Ok(()) };
+        let sent = pidfd_open(pid, PidfdFlags::empty()).and_then(|fd| {
+            // With the pidfd held the id cannot change its owner any more.
+            if self.is_alive() { pidfd_send_signal(fd, signal) } else { Ok(()) }
+        });
+        match sent {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+            Err(err) => Err(failed(err)),
+        }
+    }
 }
 
 fn start_time(pid: u32) -> Option<u64> {
@@ -285,6 +309,21 @@ mod tests {
         let pid = child.id();
         child.wait().unwrap();
         assert_eq!(Process::find(pid), None);
+    }
+
+    #[test]
+    fn a_signal_reaches_that_process_or_none() {
+        use std::os::unix::process::ExitStatusExt;
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let process = Process::find(child.id()).unwrap();
+        // The id is somebody else's by now, as far as the start time tells.
+        Process { start_time: process.start_time + 1, ..process }.signal(9).unwrap();
+        assert!(process.is_alive());
+        assert!(process.signal(0x7fff).is_err());
+        process.signal(15).unwrap();
+        assert_eq!(child.wait().unwrap().signal(), Some(15));
+        process.signal(9).unwrap();
+        Process { pid: 0, start_time: 0 }.signal(9).unwrap();
     }
 
     #[test]
