@@ -56,8 +56,9 @@ impl Manager {
     pub(crate) async fn connect(socket: &Path) -> io::Result<Self> {
         within(async {
             let mut stream = UnixStream::connect(socket).await?;
-            // 30 is `0`, root's number, in hex.
-            stream.write_all(b"\0AUTH EXTERNAL 30\r\n").await?;
+            // 30 is `0`, root's number, in hex. `BEGIN` goes with it, before the answer is there: systemd may read what comes
+            // behind a later `BEGIN` together with that, and then sleeps with our call in its buffer.
+            stream.write_all(b"\0AUTH EXTERNAL 30\r\nBEGIN\r\n").await?;
             let mut line = Vec::new();
             while !line.ends_with(b"\r\n") {
                 if line.len() == MAX_LINE {
@@ -71,7 +72,6 @@ impl Manager {
                     String::from_utf8_lossy(&line).trim()
                 )));
             }
-            stream.write_all(b"BEGIN\r\n").await?;
             Ok(Self { stream, serial: 0 })
         })
         .await
