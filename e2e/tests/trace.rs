@@ -19,7 +19,7 @@ const PROCESSES: [&str; 6] = [
     "bothy-workspace-agent",
 ];
 
-const STAGES: [&str; 9] = [
+const STAGES: [&str; 10] = [
     "resolve_image",
     "acquire_network",
     "prepare_rootfs",
@@ -27,6 +27,7 @@ const STAGES: [&str; 9] = [
     "launch_vmm",
     "wait_guest",
     "personalise",
+    "publish_dns",
     "sync_identity",
     "wait_services",
 ];

@@ -4,7 +4,7 @@
 //! ```text
 //!  resolve_image -> acquire_network -> prepare_rootfs | prepare_work_disk -> launch_vmm -> wait_guest -> personalise
 //!                   host_key ------------------------------------------------------------------------------^  |
-//!                                                                      sync_identity | wait_services  <-------'
+//!                                                         publish_dns | sync_identity | wait_services  <-------'
 //! ```
 
 use super::{Agent, files, guest::Guest};
@@ -15,9 +15,9 @@ use bothy_contract::{
     image::{BootSet, ImageRef, PrepareRootfs, PrepareWorkDisk, ReleaseDisks, Rootfs, WorkDisk},
     methods::{
         ImageDisksRelease, ImageResolve, ImageRootfsPrepare, ImageWorkDiskPrepare, NetLeaseAcquire,
-        NetLeaseRelease, WorkspaceIdentitySync,
+        NetLeaseRelease, NetNameSet, WorkspaceIdentitySync,
     },
-    net::{AcquireLease, Egress, Lease, ReleaseLease},
+    net::{AcquireLease, Egress, Lease, NameVm, ReleaseLease},
     vm::{Shape, VmSpec},
     workspace::{Identity, SyncIdentity},
 };
@@ -141,15 +141,28 @@ pub(crate) fn add(
         wait_guest(a, cx, vm, lease, handle)
     });
 
-    let a = agent.clone();
+    let (a, n) = (agent.clone(), name.clone());
     let personal = g.stage(
         "personalise",
         (boot, lease, handle, answered, key),
         move |cx, (boot, lease, handle, (), ())| async move {
             let guest = guest(&a, vm, &lease, handle);
             let key = files::host_key(&a.state_dir(), vm)?;
-            let work = guest.personalise(name.as_str(), &machine_id, &lease, &boot, key);
+            let work = guest.personalise(n.as_str(), &machine_id, &lease, &boot, key);
             cx.unless_stopped(guest.alive_within("giving the guest its identity", PERSONALISE, work)).await
+        },
+    );
+    let (a, undo) = (agent.clone(), agent.clone());
+    g.undoable(
+        "publish_dns",
+        personal,
+        move |_, ()| async move {
+            a.bus.call::<NetNameSet>(&NameVm { vm, name }).await?;
+            Ok(())
+        },
+        move |_| {
+            let undo = undo.clone();
+            async move { undo.unpublish_dns(vm).await }
         },
     );
     let (a, identity) = (agent.clone(), spec.identity);

@@ -23,10 +23,22 @@ pub(crate) const MAX_GRACE_MS: u64 = 10 * 60 * 1000;
 /// ended.
 pub(crate) fn add_stop(g: &mut Graph, agent: &Agent, vm: VmId, grace_ms: u64) -> Output<()> {
     let grace = Duration::from_millis(grace_ms.min(MAX_GRACE_MS));
+    add_unpublish(g, agent, vm);
     let a = agent.clone();
     let left = g.stage("shut_down_guest", (), move |cx, ()| shut_down(a, cx, vm, grace));
     let a = agent.clone();
     g.stage("wait_exit", left, move |cx, left_ms| wait_exit(a, cx, vm, left_ms.map(Duration::from_millis)))
+}
+
+/// Nobody is to find by its name what is about to go. A net-agent that does not answer keeps no VM from ending.
+fn add_unpublish(g: &mut Graph, agent: &Agent, vm: VmId) {
+    let a = agent.clone();
+    g.stage("unpublish_dns", (), move |cx, ()| async move {
+        if let Err(e) = a.unpublish_dns(vm).await {
+            cx.note(format!("its name may stay for a while: {e}"));
+        }
+        Ok(())
+    });
 }
 
 /// Asks the guest to power off. What is left of the grace then, in milliseconds; `None` where nothing took the wish. A guest
@@ -111,6 +123,7 @@ async fn dead(agent: &Agent, vm: VmId) -> Result<(), Error> {
 /// Adds the stages of a kill to `g`.
 pub(crate) fn add_kill(g: &mut Graph, agent: &Agent, vm: VmId, KillInput { signal }: KillInput) {
     g.not_cancellable();
+    add_unpublish(g, agent, vm);
     let a = agent.clone();
     let sent = g.stage("signal_vmm", (), move |cx, ()| async move {
         let Some(live) = a.living(vm).await? else {

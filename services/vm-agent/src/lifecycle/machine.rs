@@ -204,13 +204,27 @@ impl Machine {
             Ok(handle) => {
                 // The holder ends once the exit record is on disk.
                 drop(tokio::time::timeout(super::HOLDER_END, Holder::gone(handle.holder)).await);
-                self.agent.note_exit(self.vm, handle).await
+                let noted = self.agent.note_exit(self.vm, handle).await;
+                self.unpublish_dns().await;
+                noted
             }
             Err(e) => Err(e),
         };
         if let Err(error) = noted {
             tracing::error!(%error, "cannot note the end of a VMM");
             tokio::time::sleep(PAUSE).await;
+        }
+    }
+}
+
+impl Machine {
+    /// The name of a VM that has ended by itself leads nowhere. An operation at work on it does that itself.
+    async fn unpublish_dns(&self) {
+        let row = self.agent.vm(self.vm).await;
+        if row.is_ok_and(|row| row.facts.busy.is_none())
+            && let Err(error) = self.agent.unpublish_dns(self.vm).await
+        {
+            tracing::warn!(%error, "the name of a VM that has ended may stay for a while");
         }
     }
 }

@@ -50,7 +50,8 @@ use bothy_config::Config;
 use bothy_contract::{
     Code, Error, ImageName, Service, VmId,
     image::{BootSet, ImageRef},
-    methods::ImageResolve,
+    methods::{ImageResolve, NetNameUnset},
+    net::UnnameVm,
 };
 use bothy_db::Db;
 use bothy_vm_agent::host::{cgroup::Cgroups, usage::Sampler};
@@ -188,6 +189,12 @@ impl Agent {
             Ok(())
         })
         .await
+    }
+
+    /// The name of `vm` leads nowhere from now on.
+    async fn unpublish_dns(&self, vm: VmId) -> Result<(), Error> {
+        self.bus.call::<NetNameUnset>(&UnnameVm { vm }).await?;
+        Ok(())
     }
 
     /// The VM's place on the network, where it has one.
