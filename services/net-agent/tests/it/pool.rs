@@ -2,7 +2,7 @@
 
 use crate::world::{World, ask, links, ruleset, taps};
 use bothy_contract::{Code, VmId, net::Egress};
-use bothy_net_agent::{link::Links, network::Network, nft::Nft, plan::Plan, tun};
+use bothy_net_agent::{firewall::Firewall, link::Links, network::Network, nft::Nft, plan::Plan, tun};
 use bothy_testkit::require_root;
 use rtnetlink::LinkBridge;
 
@@ -207,5 +207,25 @@ fn a_lost_neighbour_entry_is_mended() {
         assert_eq!(raw.fixed_neighbours(bridge).await.unwrap().len(), 7);
         net.check().await.unwrap();
         assert_eq!(raw.fixed_neighbours(bridge).await.unwrap(), before);
+    });
+}
+
+/// Kernels before 6.17 forward IPv6 for the whole host or not at all; this one cannot be made to, so the guard that such
+/// a host gets is looked at by itself.
+#[test]
+fn a_host_that_forwards_ipv6_by_us_forwards_for_guests_only() {
+    require_root!();
+    let world = &World::new();
+    world.ns.block_on(async {
+        let plan = Plan::new(&world.config).unwrap().with_prefix6(Some("fd00::".parse().unwrap()));
+        let firewall = Firewall::open(std::sync::Arc::new(plan)).unwrap();
+        let guard = r#"{"key": "nfproto"}}, "right": "ipv6"}}, {"drop": null}]"#;
+        firewall.start(&[(1, Egress::Open)].into(), Default::default(), false).await.unwrap();
+        assert!(!ruleset().contains(guard));
+        firewall.set_guard6(true).await.unwrap();
+        assert!(ruleset().contains(guard) && ruleset().contains("fd00::2"), "{}", ruleset());
+        firewall.set_guard6(false).await.unwrap();
+        assert!(!ruleset().contains(guard));
+        firewall.remove().await.unwrap();
     });
 }
