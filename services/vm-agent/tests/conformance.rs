@@ -2,12 +2,7 @@
 //!
 //! QEMU is always there; a Firecracker where `BOTHY_FIRECRACKER_BIN` names one, on a host whose KVM runs guests. The image is
 //! the one that the tests of `e2e` build and keep (`target/bothy/images/debian`), or the one that `BOTHY_TEST_IMAGE` names.
-#![expect(
-    clippy::unwrap_used,
-    clippy::panic,
-    clippy::print_stderr,
-    reason = "tests may panic, and say what they skip"
-)]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "tests may panic")]
 
 mod host;
 
@@ -45,7 +40,7 @@ fn image() -> Option<(PathBuf, PathBuf)> {
     let guest = target.join("x86_64-unknown-linux-gnu/guest/bothy-guest");
     for needed in [&image.join("vmlinux"), &guest] {
         if !needed.exists() {
-            eprintln!("SKIPPED: no {}; `cargo xtask test` builds it", needed.display());
+            host::skip("conformance", &format!("needs {}; `cargo xtask test` builds it", needed.display()));
             return None;
         }
     }
@@ -358,7 +353,7 @@ fn qemu_conforms() {
 fn firecracker_conforms() {
     bothy_testkit::require_root!();
     let Some(program) = std::env::var_os("BOTHY_FIRECRACKER_BIN") else {
-        eprintln!("SKIPPED: BOTHY_FIRECRACKER_BIN names no Firecracker");
+        host::not_checked("firecracker_conforms", "BOTHY_FIRECRACKER_BIN names no Firecracker");
         return;
     };
     let host = Host::new();

@@ -3,7 +3,9 @@
 //!
 //! The schema is not ours to keep here: `BOTHY_FIRECRACKER_SCHEMA` names the file, or it is found beside the workspace, as
 //! `../shared/firecracker/api-1.16.1.yaml`.
-#![expect(clippy::unwrap_used, clippy::print_stderr, reason = "tests may panic, and say what they skip")]
+#![expect(clippy::unwrap_used, reason = "tests may panic")]
+
+mod host;
 
 use bothy_vm_agent::vmm::{
     Accel, Driver, Firecracker, Verb, VmPlan,
@@ -40,10 +42,11 @@ fn schema_file() -> Option<PathBuf> {
 struct Schema(Yaml);
 
 impl Schema {
-    fn load() -> Option<Self> {
+    fn load(test: &str) -> Option<Self> {
         let Some(file) = schema_file() else {
-            eprintln!(
-                "SKIPPED: no schema of Firecracker's API; name its file in BOTHY_FIRECRACKER_SCHEMA to check against it"
+            host::not_checked(
+                test,
+                "no schema of Firecracker's API; BOTHY_FIRECRACKER_SCHEMA names its file",
             );
             return None;
         };
@@ -268,7 +271,7 @@ fn all() -> Vec<Request> {
 
 #[test]
 fn every_request_is_one_that_the_published_schema_knows() {
-    let Some(schema) = Schema::load() else { return };
+    let Some(schema) = Schema::load("every_request_is_one_that_the_published_schema_knows") else { return };
     let driver = Firecracker::new("firecracker", Version::from_words("1.16.1").unwrap());
     let Monitor::Api { requests } = driver.launch_spec(&plan()).unwrap().monitor else {
         panic!("no requests")
@@ -294,7 +297,7 @@ fn every_request_is_one_that_the_published_schema_knows() {
 
 #[test]
 fn the_validator_sees_what_is_wrong() {
-    let Some(schema) = Schema::load() else { return };
+    let Some(schema) = Schema::load("the_validator_sees_what_is_wrong") else { return };
     let put = |path: &str, body: Value| Request { method: Method::Put, path: path.into(), body: Some(body) };
     for (request, why) in [
         (put("/nonsense", json!({})), "no such path"),

@@ -2,6 +2,8 @@
 //!
 //! The one that makes it is this very program, started again beside a `bothy-vmm`, where an agent's is.
 
+mod host;
+
 use bothy_vm_agent::vmm::{
     accel::{self, Trial},
     holder::Holder,
@@ -38,7 +40,7 @@ async fn the_agent() {
 #[tokio::test]
 async fn a_killed_agent_leaves_no_trial_behind() {
     if fs_err::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_err() {
-        eprintln!("SKIPPED: without /dev/kvm there is no trial");
+        host::not_checked("a_killed_agent_leaves_no_trial_behind", "without /dev/kvm there is no trial");
         return;
     }
     let dir = bothy_testkit::temp_dir();

@@ -1,5 +1,6 @@
 //! What tests of holders share: a directory for them, a VMM that is quick to start, and no process left afterwards.
 #![allow(dead_code, reason = "each test uses its part")]
+#![expect(clippy::unwrap_used, reason = "tests may panic")]
 
 use bothy_contract::VmId;
 use bothy_testkit::TempDir;
@@ -12,8 +13,21 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use std::{os::unix::fs::PermissionsExt, path::Path, time::Duration};
+use std::{io::Write, os::unix::fs::PermissionsExt, path::Path, time::Duration};
 use tokio::time::timeout;
+
+/// Says that `test` cannot run here, so that `cargo xtask test` counts it; in CI that is a failure.
+pub(crate) fn skip(test: &str, why: &str) {
+    let message = format!("SKIPPED {test}: {why}");
+    assert!(std::env::var_os("BOTHY_TEST_NO_SKIP").is_none_or(|v| v != "1"), "{message}");
+    // Not by a macro: the test runner swallows what a passing test prints that way.
+    drop(writeln!(std::io::stderr(), "{message}"));
+}
+
+/// Says that `test` has not looked at what most machines do not have and need not, CI's among them.
+pub(crate) fn not_checked(test: &str, why: &str) {
+    drop(writeln!(std::io::stderr(), "NOT CHECKED {test}: {why}"));
+}
 
 pub(crate) const LONG: Duration = Duration::from_secs(60);
 pub(crate) const UID: u32 = 789_123;
