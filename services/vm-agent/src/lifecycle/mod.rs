@@ -261,7 +261,7 @@ impl Agent {
     async fn kill_vmm(&self, vm: VmId, holder: &Holder, handle: HolderHandle) -> Result<(), Error> {
         if handle.vmm.is_alive() {
             // It may end between the look and the signal.
-            if let Err(e) = holder.kill(SIGKILL).await
+            if let Err(e) = holder.kill_vmm(&handle, SIGKILL).await
                 && handle.vmm.is_alive()
             {
                 return Err(e.context("cannot kill the VMM"));
