@@ -21,6 +21,8 @@ use crate::systemd::{Manager, SOCKET, Unit};
 const POLL: Duration = Duration::from_millis(100);
 /// How long reading the journal may take.
 const JOURNAL: Duration = Duration::from_secs(10);
+/// How late the journal may be.
+const LATE: Duration = Duration::from_secs(3);
 /// How many of its last lines, and how many bytes of them, are told.
 const LINES: usize = 20;
 const BYTES: usize = 4 << 10;
@@ -69,7 +71,7 @@ pub(crate) async fn wait(wanted: &Wanted, nic: Option<Ipv4Addr>) -> Result<(), N
     let Err(why) = tokio::try_join!(unit, port) else { return Ok(()) };
     let log = match &wanted.unit {
         Some(unit) => {
-            journal(unit).await.unwrap_or_else(|error| format!("its journal cannot be read: {error}"))
+            last_words(unit).await.unwrap_or_else(|error| format!("its journal cannot be read: {error}"))
         }
         None => String::new(),
     };
@@ -129,6 +131,22 @@ fn verdict(unit: &Unit) -> Verdict {
         (_, "failed") => Verdict::Never("has failed".to_owned()),
         ("loaded" | "stub" | "merged", _) => Verdict::NotYet,
         (load, _) => Verdict::Never(format!("cannot be started: systemd says `{load}`")),
+    }
+}
+
+/// The last lines of a unit that may have ended a moment ago: systemd knows of the end before journald has read the last words. One that never
+/// ran has none, and is not waited for.
+async fn last_words(unit: &str) -> io::Result<String> {
+    let until = Instant::now() + LATE;
+    loop {
+        let text = journal(unit).await?;
+        if !text.is_empty() || Instant::now() >= until {
+            return Ok(text);
+        }
+        if ask(&mut None, Path::new(SOCKET), unit).await?.active == "inactive" {
+            return Ok(text);
+        }
+        sleep(LATE / 10).await;
     }
 }
 
