@@ -1,7 +1,10 @@
-//! Faults in the stages of start, stop and delete, and in the middle of an undo.
+//! Faults in the stages of start, stop, delete, restart, kill and set, and in the middle of an undo.
 
 use bothy_contract::Service;
-use bothy_e2e::matrix::{Break, Cell, Fault, Matrix, Then};
+use bothy_e2e::{
+    host::QUICK,
+    matrix::{Break, Cell, Change, Fault, Matrix, Then, WHOLE},
+};
 use bothy_testkit::require_root;
 
 /// Each of `faults` in each of `stages`.
@@ -16,8 +19,10 @@ fn cells(stages: &[&'static str], faults: &[Fault], then: Then) -> Vec<Cell> {
 fn start() {
     require_root!();
     let mut matrix = Matrix::start(|_| {});
-    matrix.make(&["vm".to_owned()]).unwrap();
-    matrix.host.sh("vm", "echo kept > /root/kept; echo kept > /etc/kept").ok();
+    matrix.make(&["vm".to_owned()], WHOLE).unwrap();
+    // With what a guest that was killed at the wrong moment keeps: git's lock.
+    let line = "echo kept > /root/kept; echo kept > /etc/kept; touch -d 2001-01-01 /root/.gitconfig.lock";
+    matrix.host.sh("vm", line).ok();
     matrix.stop("vm").unwrap();
     let stages = [
         "resolve_image",
@@ -44,12 +49,47 @@ fn start() {
 fn stop() {
     require_root!();
     let mut matrix = Matrix::start(|_| {});
-    matrix.make(&["vm".to_owned()]).unwrap();
+    matrix.make(&["vm".to_owned()], QUICK).unwrap();
     matrix.stop("vm").unwrap();
     let faults = [Fault::Kill(Service::Vm), Fault::DropBus];
     matrix.stops(&cells(&["shut_down_guest", "wait_exit"], &faults, Then::Ready), "vm");
     let faults = [Fault::Cancel, Fault::Break(Break::VmmDies), Fault::Break(Break::HolderDies)];
     matrix.stops(&cells(&["shut_down_guest"], &faults, Then::Ready), "vm");
+    matrix.delete("vm").unwrap();
+    matrix.finish();
+}
+
+#[test]
+fn restart_and_kill() {
+    require_root!();
+    let mut matrix = Matrix::start(|_| {});
+    matrix.make(&["vm".to_owned()], QUICK).unwrap();
+    matrix.stop("vm").unwrap();
+    matrix.host.take_for_granted();
+    let faults = [Fault::Kill(Service::Vm), Fault::DropBus];
+    matrix.changes(Change::Kill, &cells(&["signal_vmm"], &faults, Then::Ready), "vm");
+    matrix.changes(Change::Restart, &cells(&["wait_exit", "launch_vmm"], &faults, Then::Ready), "vm");
+    matrix.changes(Change::Restart, &cells(&["shut_down_guest"], &[Fault::Cancel], Then::Undo), "vm");
+    matrix.changes(Change::Restart, &cells(&["launch_vmm"], &[Fault::Cancel], Then::Undo), "vm");
+    matrix.delete("vm").unwrap();
+    matrix.finish();
+}
+
+#[test]
+fn set() {
+    require_root!();
+    let mut matrix = Matrix::start(|_| {});
+    matrix.make(&["vm".to_owned()], QUICK).unwrap();
+    matrix.stop("vm").unwrap();
+    matrix.host.take_for_granted();
+    let stages = ["grow_disks", "resize_vmm", "set_egress"];
+    matrix.changes(Change::Set, &cells(&stages, &[Fault::Kill(Service::Vm)], Then::Ready), "vm");
+    let cells = [
+        Cell { stage: "grow_disks", fault: Fault::Kill(Service::Image), then: Then::Ready },
+        Cell { stage: "set_egress", fault: Fault::Kill(Service::Net), then: Then::Ready },
+        Cell { stage: "resize_vmm", fault: Fault::DropBus, then: Then::Ready },
+    ];
+    matrix.changes(Change::Set, &cells, "vm");
     matrix.delete("vm").unwrap();
     matrix.finish();
 }

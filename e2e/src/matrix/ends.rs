@@ -3,9 +3,9 @@
 //! A start is held where a create is, but for two stages: its host key is there already, so nothing runs; and what would
 //! keep `personalise` from being over before it is seen is that key. Both are the same code as in a create.
 
-use super::{Begun, Cell, Fault, Matrix, Then, hold::Held, spec_of};
+use super::{Begun, Cell, Fault, Matrix, Then, hold::Held, spec, spec_of};
+use crate::host::QUICK;
 use bothy_contract::Service;
-use serde_json::Value;
 
 /// How many VMs are made at once for cells that end one.
 const AT_ONCE: usize = 3;
@@ -96,7 +96,7 @@ impl Matrix {
     pub fn deletes(&mut self, cells: &[Cell]) {
         for (n, some) in cells.chunks(AT_ONCE).enumerate() {
             let names: Vec<String> = (0..some.len()).map(|k| format!("d{n}-{k}")).collect();
-            let made = self.make(&names);
+            let made = self.make(&names, QUICK);
             for (cell, name) in some.iter().zip(&names) {
                 // The others are there by right; of this one nothing may be left.
                 let gone: Vec<&String> = names.iter().skip_while(|other| *other != name).skip(1).collect();
@@ -172,13 +172,13 @@ impl Matrix {
         Ok(told(&now.state, now.error.as_deref()))
     }
 
-    /// Creates VMs side by side, and waits until all run.
+    /// Creates VMs of `image` side by side, and waits until all run.
     ///
     /// # Errors
     /// One of them does not.
-    pub fn make(&self, names: &[String]) -> Result<(), String> {
+    pub fn make(&self, names: &[String], image: &str) -> Result<(), String> {
         let begun: Vec<Begun> =
-            names.iter().map(|name| self.begin(&small(name))).collect::<Result<_, _>>()?;
+            names.iter().map(|name| self.begin(&spec(name, image, false))).collect::<Result<_, _>>()?;
         for one in &begun {
             let now = self.ended(one)?;
             if now.state != "succeeded" {
@@ -220,14 +220,6 @@ impl Matrix {
         let shown = self.answer("GET", &format!("/v1/vms/{name}"))?;
         shown.body["state"].as_str().map(str::to_owned).ok_or(format!("VM {name}: {}", shown.body))
     }
-}
-
-/// A VM of the least memory that boots, so that some fit side by side.
-fn small(name: &str) -> Value {
-    let mut spec = spec_of(name);
-    spec["shape"] =
-        serde_json::json!({ "cpus": 1, "memory_mib": 256, "work_mib": 10240, "system_mib": 10240 });
-    spec
 }
 
 fn told(state: &str, error: Option<&str>) -> String {

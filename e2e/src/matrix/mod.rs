@@ -7,6 +7,7 @@
 //!
 //! How a stage is held is in [`hold`]; how faults strike in [`strike`].
 
+mod changes;
 mod ends;
 pub mod hold;
 pub mod strike;
@@ -14,12 +15,13 @@ pub mod strike;
 use crate::{
     brake::{Gates, Program},
     gateway::{Answer, Gateway},
-    host::Host,
+    host::{Host, QUICK},
     images,
     journal::{Journal, Now},
 };
 use bothy_config::{Accelerator, Config};
 use bothy_contract::Service;
+pub use changes::Change;
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 pub use strike::{Break, Fault};
@@ -28,6 +30,8 @@ pub use strike::{Break, Fault};
 const PATIENCE: Duration = Duration::from_secs(180);
 /// How long what a fault left may take to be cleared away.
 const CLEARED: Duration = Duration::from_secs(15);
+/// The image with services to wait for.
+pub const WHOLE: &str = "debian";
 /// An image whose service never comes up.
 pub const DEAF: &str = "deaf";
 
@@ -84,6 +88,7 @@ impl Matrix {
             config.vm.qemu = gates.path(Program::Qemu);
             // What is tested is not how it is found out that KVM is of no use here.
             config.vm.accelerator = Accelerator::Tcg;
+            images::variant_into(config, QUICK, |manifest| manifest["wait"] = json!([]));
             images::variant_into(config, DEAF, |manifest| {
                 manifest["wait"] = json!([{ "name": "nobody", "port": 9, "timeout_s": 1 }]);
             });
@@ -155,7 +160,12 @@ impl Matrix {
 
     /// One cell of the create.
     fn create(&self, cell: &Cell, name: &str) -> Result<String, String> {
-        let image = if cell.fault == Fault::Break(Break::DeadPort) { DEAF } else { "debian" };
+        // What is ready sooner serves as well, but where services are what is waited for.
+        let image = match (cell.fault, cell.stage) {
+            (Fault::Break(Break::DeadPort), _) => DEAF,
+            (_, "wait_services") => WHOLE,
+            _ => QUICK,
+        };
         let spec = spec(name, image, cell.fault == Fault::Break(Break::BadKey));
         if cell.fault == Fault::Break(Break::SubnetFull) {
             return self.fill_the_subnet(&spec);
@@ -409,7 +419,7 @@ fn identity() -> Value {
 
 /// What a create of `name` asks for.
 pub fn spec_of(name: &str) -> Value {
-    spec(name, "debian", false)
+    spec(name, QUICK, false)
 }
 
 fn spec(name: &str, image: &str, bad_key: bool) -> Value {
@@ -418,6 +428,8 @@ fn spec(name: &str, image: &str, bad_key: bool) -> Value {
     json!({
         "name": name,
         "image": image,
+        // The least that boots: two cores have to do for two hosts at once.
+        "shape": { "cpus": 1, "memory_mib": 256, "work_mib": 10240, "system_mib": 10240 },
         "identity": { "ssh_public_keys": keys, "git_name": "A Tester", "git_email": "tester@example.org" },
     })
 }

@@ -1,8 +1,9 @@
 //! The faults, and how each strikes an operation that is held in a stage.
 
-use super::{Begun, Cell, Matrix, hold::Held};
+use super::{Begun, Cell, Matrix, Then, hold::Held};
 use crate::{
     brake::{Hidden, Program, Sign},
+    host::QUICK,
     journal::Now,
 };
 use bothy_contract::Service;
@@ -107,7 +108,7 @@ impl Fault {
         let good = match self {
             Fault::Cancel => now.state == "cancelled",
             // A stage that could not go on may fail; one that was the last may end in success before it is cancelled.
-            Fault::Kill(_) | Fault::DropBus => true,
+            Fault::Kill(_) | Fault::DropBus => cell.then == Then::Undo || now.state == "succeeded",
             Fault::Break(what) => {
                 let stage = error.strip_prefix("stage ").and_then(|rest| Some(rest.split_once(" failed")?.0));
                 now.state == "failed"
@@ -186,7 +187,7 @@ impl Matrix {
     }
 
     fn break_stage(&self, what: Break, begun: &Begun, struck: &mut Struck) -> Result<(), String> {
-        let image = self.host.config.service_dir(Service::Image).join("store/images/debian");
+        let image = self.host.config.service_dir(Service::Image).join("store/images").join(QUICK);
         let signal = |pid| kill(Pid::from_raw(pid), Signal::SIGKILL).map_err(|e| e.to_string());
         let handle = || self.host.vmm_of(&begun.name).ok_or("it has no VMM");
         match what {
