@@ -24,6 +24,8 @@ fn start() {
     let line = "echo kept > /root/kept; echo kept > /etc/kept; touch -d 2001-01-01 /root/.gitconfig.lock";
     matrix.host.sh("vm", line).ok();
     matrix.stop("vm").unwrap();
+    // What a stopped VM has is there by right.
+    matrix.host.take_for_granted();
     let stages = [
         "resolve_image",
         "acquire_network",
@@ -51,6 +53,7 @@ fn stop() {
     let mut matrix = Matrix::start(|_| {});
     matrix.make(&["vm".to_owned()], QUICK).unwrap();
     matrix.stop("vm").unwrap();
+    matrix.host.take_for_granted();
     let faults = [Fault::Kill(Service::Vm), Fault::DropBus];
     matrix.stops(&cells(&["shut_down_guest", "wait_exit"], &faults, Then::Ready), "vm");
     let faults = [Fault::Cancel, Fault::Break(Break::VmmDies), Fault::Break(Break::HolderDies)];

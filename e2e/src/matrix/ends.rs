@@ -13,7 +13,6 @@ const AT_ONCE: usize = 3;
 impl Matrix {
     /// Runs `cells` of the start of VM `name`, which is stopped and stays so; each leaves it as it was.
     pub fn starts(&mut self, cells: &[Cell], name: &str) {
-        self.host.take_for_granted();
         for cell in cells {
             self.row(format!("start   {:<17} {}", cell.stage, cell.fault), |m| {
                 m.start_cell(cell, name).inspect_err(|_| m.sweep_start(name))
@@ -47,7 +46,6 @@ impl Matrix {
 
     /// Runs `cells` of the stop of VM `name`, which is started for each.
     pub fn stops(&mut self, cells: &[Cell], name: &str) {
-        self.host.take_for_granted();
         for cell in cells {
             self.row(format!("stop    {:<17} {}", cell.stage, cell.fault), |m| {
                 m.stop_cell(cell, name).inspect_err(|_| m.sweep_start(name))
