@@ -59,7 +59,7 @@ use bothy_vm_agent::vmm::{
     Choice, Host, choose, clock,
     holder::{self, Holder},
     launching::Quiet,
-    wire::HolderHandle,
+    wire::{self, HolderHandle},
 };
 use fs_err as fs;
 use idle::Activity;
@@ -293,6 +293,10 @@ impl Agent {
             }
             None => None,
         };
+        // A holder that was killed could not do it.
+        if !handle.holder.is_alive() {
+            wire::remove_sockets(&self.config.holder_dir(vm));
+        }
         self.db
             .write(move |tx| {
                 if store::find(tx, vm)?.is_none() {

@@ -36,6 +36,15 @@ pub const VMM_LOG: &str = "vmm.log";
 /// How the VMM ended.
 pub const EXIT_RECORD: &str = "exit.json";
 
+/// Removes the sockets and pipes in a holder's directory, so that nobody takes a dead holder's for a living one's. By the
+/// holder as it ends; by the agent where the holder was killed.
+pub fn remove_sockets(dir: &Path) {
+    let sockets = [HOLDER_SOCKET, QMP_SOCKET, CONTROL_SOCKET, BULK_SOCKET, API_SOCKET, VSOCK_SOCKET];
+    for name in sockets.into_iter().chain([LOG_PIPE, METRICS_PIPE]) {
+        drop(fs_err::remove_file(dir.join(name)));
+    }
+}
+
 /// Stands in a command line for the number of the TAP's descriptor, which only the holder knows.
 pub const TAP_FD: &str = "@tap-fd@";
 

@@ -144,7 +144,7 @@ async fn hold(lock: OwnedFd) -> Result<(), Failed> {
     drain(vmm).await;
     let written = write_record(&spec.dir, &record);
     serving.abort();
-    remove_sockets(&spec.dir);
+    wire::remove_sockets(&spec.dir);
     written.map_err(|e| Failed::Later(os_error("cannot write down how the VMM ended")(e)))
 }
 
@@ -255,7 +255,7 @@ async fn give_up(mut vmm: Vmm, spec: &LaunchSpec, why: &str) -> Failed {
     drop(vmm.child.start_kill());
     let status = vmm.child.wait().await.map(|status| format!(" ({status})")).unwrap_or_default();
     drain(vmm).await;
-    remove_sockets(&spec.dir);
+    wire::remove_sockets(&spec.dir);
     let log = wire::read_untrusted(&spec.dir.join(wire::VMM_LOG), 2 << 20).unwrap_or_default();
     let log = String::from_utf8_lossy(&log);
     let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
@@ -305,20 +305,4 @@ fn write_record(dir: &Path, record: &ExitRecord) -> std::io::Result<()> {
     file.sync_all()?;
     fs_err::rename(&beside, &path)?;
     fs_err::File::open(dir)?.sync_all()
-}
-
-/// So that nobody takes a dead holder's sockets for a living one's.
-fn remove_sockets(dir: &Path) {
-    for name in [
-        wire::HOLDER_SOCKET,
-        wire::QMP_SOCKET,
-        wire::CONTROL_SOCKET,
-        wire::BULK_SOCKET,
-        wire::API_SOCKET,
-        wire::VSOCK_SOCKET,
-        wire::LOG_PIPE,
-        wire::METRICS_PIPE,
-    ] {
-        drop(fs_err::remove_file(dir.join(name)));
-    }
 }
