@@ -68,6 +68,7 @@ impl Recipe {
                     prefix: vm["lease"]["prefix"].as_u64().and_then(|p| p.try_into().ok()).unwrap_or(24),
                     gateway: text("/lease/gateway"),
                     dns: vec![],
+                    ..Default::default()
                 }),
                 unix_time_us: 0,
                 entropy: vec![7; 256],

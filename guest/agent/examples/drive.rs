@@ -41,6 +41,7 @@ async fn main() {
             prefix: 24,
             gateway: "10.0.2.2".into(),
             dns: vec!["10.0.2.3".into()],
+            ..Default::default()
         }),
         unix_time_us: u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros())
             .unwrap(),

@@ -1,12 +1,13 @@
 //! The guest's one network interface, by netlink: Debian's cloud kernel has no `ip=`, and images may lack every tool.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
 use std::time::Duration;
 
 use bothy_guest_proto::v1;
 use futures::TryStreamExt;
-use netlink_packet_route::address::AddressAttribute;
+use netlink_packet_route::address::{AddressAttribute, AddressFlags};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage};
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 
@@ -17,7 +18,16 @@ pub(crate) struct Nic {
     pub(crate) address: Ipv4Addr,
     prefix: u8,
     gateway: Ipv4Addr,
+    six: Option<Six>,
     pub(crate) dns: Vec<IpAddr>,
+}
+
+/// The same in IPv6.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Six {
+    address: Ipv6Addr,
+    prefix: u8,
+    gateway: Ipv6Addr,
 }
 
 impl Nic {
@@ -34,12 +44,34 @@ impl Nic {
                 .filter(|prefix| (1..=32).contains(prefix))
                 .ok_or_else(|| format!("{} is not a prefix length", nic.prefix))?,
             gateway: nic.gateway.parse().map_err(|_| format!("`{}` is not an IPv4 address", nic.gateway))?,
+            six: Six::parse(nic)?,
             dns: nic
                 .dns
                 .iter()
                 .map(|server| server.parse().map_err(|_| format!("`{server}` is not an address")))
                 .collect::<Result<_, _>>()?,
         })
+    }
+}
+
+impl Six {
+    fn parse(nic: &v1::Nic) -> Result<Option<Self>, String> {
+        let v1::Nic { address6, prefix6, gateway6, .. } = nic;
+        if address6.is_empty() && *prefix6 == 0 && gateway6.is_empty() {
+            return Ok(None);
+        }
+        let address = |text: &str| {
+            let parsed = text.parse::<Ipv6Addr>().ok().filter(|a| !a.is_unspecified() && !a.is_multicast());
+            parsed.ok_or_else(|| format!("`{text}` is not an IPv6 address of one machine"))
+        };
+        Ok(Some(Self {
+            address: address(address6)?,
+            prefix: u8::try_from(*prefix6)
+                .ok()
+                .filter(|prefix| (1..=128).contains(prefix))
+                .ok_or_else(|| format!("{prefix6} is not a prefix length"))?,
+            gateway: address(gateway6)?,
+        }))
     }
 }
 
@@ -54,7 +86,15 @@ fn parse_mac(text: &str) -> Option<[u8; 6]> {
     (parts.next().is_none() && !group).then_some(mac)
 }
 
-/// Gives the interface this identity and no other: MAC, one IPv4 address, the default route; and loopback its own.
+/// The link-local address that follows from `mac`: the only one that the host lets through.
+fn link_local(mac: [u8; 6]) -> Ipv6Addr {
+    let [a, b, c, d, e, f] = mac;
+    let half = [a ^ 2, b, c, 0xff, 0xfe, d, e, f];
+    Ipv6Addr::from((0xfe80_u128 << 112) | u128::from(u64::from_be_bytes(half)))
+}
+
+/// Gives the interface this identity and no other: MAC, one address in each family, the default routes; and loopback
+/// its own.
 ///
 /// # Errors
 /// When there is no interface, or the kernel refuses a step; says which.
@@ -82,21 +122,57 @@ async fn apply_with(handle: &Handle, nic: &Nic) -> io::Result<()> {
             .await
             .map_err(|e| named("set the MAC", e))?;
     }
+    // Before the link is up, when the kernel makes its link-local address.
+    let six = quiet_ipv6(&link)?.then_some(nic.six).flatten();
     change(handle, LinkUnspec::new_with_index(index).up())
         .await
         .map_err(|e| named("bring the link up", e))?;
 
-    let mut there = false;
+    let mut wanted = vec![(IpAddr::V4(nic.address), nic.prefix)];
+    wanted.extend(six.map(|six| (IpAddr::V6(six.address), six.prefix)));
+    for (address, prefix) in missing(handle, index, nic, wanted).await? {
+        let mut request = handle.address().add(index, address, prefix);
+        if address.is_ipv6() {
+            // The host gives each address once; the test for a double would only make the guest wait.
+            request.message_mut().attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+        }
+        request.execute().await.map_err(|e| named(&format!("add the address {address}"), e))?;
+    }
+    let route = RouteMessageBuilder::<Ipv4Addr>::new().gateway(nic.gateway).output_interface(index).build();
+    handle.route().add(route).replace().execute().await.map_err(|e| named("set the default route", e))?;
+    if let Some(six) = six {
+        let route =
+            RouteMessageBuilder::<Ipv6Addr>::new().gateway(six.gateway).output_interface(index).build();
+        let set = handle.route().add(route).replace().execute().await;
+        set.map_err(|e| named("set the default route in IPv6", e))?;
+    }
+    Ok(())
+}
+
+/// Removes every address of the link but the `wanted` ones and the link-local one of its MAC; those of `wanted` that are
+/// not there yet.
+async fn missing(
+    handle: &Handle,
+    index: u32,
+    nic: &Nic,
+    mut wanted: Vec<(IpAddr, u8)>,
+) -> io::Result<Vec<(IpAddr, u8)>> {
     let mut addresses = handle.address().get().set_link_index_filter(index).execute();
     let mut old = Vec::new();
     while let Some(address) = addresses.try_next().await.map_err(|e| named("list addresses", e))? {
-        let local = address.attributes.iter().find_map(|attribute| match attribute {
-            AddressAttribute::Local(IpAddr::V4(local)) => Some(*local),
-            _ => None,
-        });
-        if local == Some(nic.address) && address.header.prefix_len == nic.prefix {
-            there = true;
-        } else if local.is_some() {
+        // IPv4 tells its own as `Local`; IPv6 as `Address`, where there is no peer.
+        let of = |local: bool| {
+            address.attributes.iter().find_map(|attribute| match attribute {
+                AddressAttribute::Local(own) if local => Some(*own),
+                AddressAttribute::Address(own) if !local => Some(*own),
+                _ => None,
+            })
+        };
+        let Some(own) = of(true).or_else(|| of(false)) else { continue };
+        let place = wanted.iter().position(|wanted| *wanted == (own, address.header.prefix_len));
+        if let Some(place) = place {
+            wanted.remove(place);
+        } else if own != IpAddr::V6(link_local(nic.mac)) {
             old.push(address);
         }
     }
@@ -104,17 +180,32 @@ async fn apply_with(handle: &Handle, nic: &Nic) -> io::Result<()> {
     for address in old {
         handle.address().del(address).execute().await.map_err(|e| named("remove an old address", e))?;
     }
-    if !there {
-        let address = IpAddr::V4(nic.address);
-        handle
-            .address()
-            .add(index, address, nic.prefix)
-            .execute()
-            .await
-            .map_err(|e| named("add the address", e))?;
+    Ok(wanted)
+}
+
+/// Has the link take nothing from routers, ask nobody whether its addresses are free, and make its link-local address from
+/// its MAC. Whether the link has IPv6 at all: the kernel may lack it, or the image have it turned off.
+fn quiet_ipv6(link: &LinkMessage) -> io::Result<bool> {
+    let name = link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::IfName(name) => Some(name.as_str()),
+        _ => None,
+    });
+    let Some(name) = name else { return Ok(false) };
+    let conf = Path::new("/proc/sys/net/ipv6/conf").join(name);
+    match fs_err::read_to_string(conf.join("disable_ipv6")) {
+        Ok(disabled) if disabled.trim() == "0" => {}
+        Ok(_) => return Ok(false),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(e) => return Err(e),
     }
-    let route = RouteMessageBuilder::<Ipv4Addr>::new().gateway(nic.gateway).output_interface(index).build();
-    handle.route().add(route).replace().execute().await.map_err(|e| named("set the default route", e))
+    for setting in ["accept_ra", "autoconf", "accept_dad", "addr_gen_mode"] {
+        let file = conf.join(setting);
+        // Only a change is written: writing the mode makes the kernel look at the link's addresses again.
+        if fs_err::read_to_string(&file)?.trim() != "0" {
+            fs_err::write(&file, "0")?;
+        }
+    }
+    Ok(true)
 }
 
 /// Brings loopback up: systemd does that too, but nobody does in an image without it.
@@ -161,6 +252,9 @@ fn named(what: &str, error: rtnetlink::Error) -> io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bothy_testkit::{Netns, require_root};
+    use std::os::fd::AsRawFd;
+    use std::process::{Command, Stdio};
 
     #[test]
     fn the_hosts_words_are_checked() {
@@ -170,20 +264,99 @@ mod tests {
             prefix: 24,
             gateway: "10.77.0.1".into(),
             dns: vec!["10.77.0.1".into()],
+            address6: "fd12:3456:789a::7".into(),
+            prefix6: 64,
+            gateway6: "fd12:3456:789a::1".into(),
         };
         assert_eq!(Nic::parse(&good).unwrap().mac, [2, 0, 0x0a, 0x4d, 0, 7]);
-        let broken: [fn(&mut v1::Nic); 6] = [
+        let four = v1::Nic { address6: String::new(), prefix6: 0, gateway6: String::new(), ..good.clone() };
+        assert_eq!(Nic::parse(&four).unwrap().six, None);
+        let broken: [fn(&mut v1::Nic); 10] = [
             |nic| nic.mac = "02:00:0a:4d:00".into(),
             |nic| nic.mac = "03:00:0a:4d:00:07".into(),
             |nic| nic.address = "10.77.0".into(),
             |nic| nic.prefix = 33,
             |nic| nic.gateway = String::new(),
             |nic| nic.dns = vec!["x\nsearch evil".into()],
+            |nic| nic.address6.clear(),
+            |nic| nic.address6 = "ff02::1".into(),
+            |nic| nic.prefix6 = 129,
+            |nic| nic.gateway6 = "10.77.0.1".into(),
         ];
         for change in broken {
             let mut nic = good.clone();
             change(&mut nic);
             assert!(Nic::parse(&nic).is_err(), "{nic:?}");
         }
+    }
+
+    #[test]
+    fn the_link_local_address_is_the_macs() {
+        let text = link_local([0x52, 0x54, 0, 0x12, 0x34, 0x56]).to_string();
+        assert_eq!(text, "fe80::5054:ff:fe12:3456");
+    }
+
+    fn ip(netns: &Netns, line: &str) -> String {
+        let mut command = Command::new("ip");
+        command.args(line.split(' ')).stdin(Stdio::null()).stdout(Stdio::piped());
+        let output = netns.spawn(&mut command).unwrap().wait_with_output().unwrap();
+        assert!(output.status.success(), "ip {line}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn nic(n: u8) -> Nic {
+        Nic {
+            mac: [0x52, 0x54, 0, 0, 0, n],
+            address: Ipv4Addr::new(10, 77, 0, n),
+            prefix: 24,
+            gateway: Ipv4Addr::new(10, 77, 0, 1),
+            six: Some(Six {
+                address: Ipv6Addr::new(0xfd00, 0, 0, 1, 0, 0, 0, n.into()),
+                prefix: 64,
+                gateway: Ipv6Addr::new(0xfd00, 0, 0, 1, 0, 0, 0, 1),
+            }),
+            dns: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_link_becomes_the_next_machines_and_stays_it() {
+        require_root!();
+        let (netns, far) = (Netns::new(), Netns::new());
+        ip(&netns, "link add eth0 type veth peer name far");
+        let path = format!("/proc/{}/fd/{}", std::process::id(), far.fd().as_raw_fd());
+        ip(&netns, &format!("link set far netns {path}"));
+        ip(&far, "link set far up");
+        netns.block_on(async { apply(&nic(7)).await.unwrap() });
+        netns.block_on(async { apply(&nic(8)).await.unwrap() });
+        let seen = || {
+            let all = ["-o address show dev eth0", "route", "-6 route show default", "link show eth0"];
+            all.map(|line| ip(&netns, line))
+        };
+        let [addresses, routes, routes6, link] = seen();
+        let own: Vec<&str> = addresses.lines().filter_map(|line| line.split_whitespace().nth(3)).collect();
+        assert_eq!(own, ["10.77.0.8/24", "fd00:0:0:1::8/64", "fe80::5054:ff:fe00:8/64"], "{addresses}");
+        assert!(!addresses.contains("tentative"), "{addresses}");
+        assert!(routes.contains("default via 10.77.0.1 dev eth0"), "{routes}");
+        assert!(routes6.contains("default via fd00:0:0:1::1 dev eth0"), "{routes6}");
+        assert!(link.contains("52:54:00:00:00:08"), "{link}");
+        for stray in ["10.9.9.9/24", "fd00:0:0:9::9/64", "fe80::9/64"] {
+            ip(&netns, &format!("address add {stray} dev eth0"));
+        }
+        let again = netns.block_on(async { apply(&nic(8)).await });
+        again.unwrap();
+        assert_eq!(seen(), [addresses, routes, routes6, link], "the same again leaves the same");
+    }
+
+    #[test]
+    fn a_link_without_ipv6_gets_ipv4_alone() {
+        require_root!();
+        let netns = Netns::new();
+        ip(&netns, "link add eth0 type veth peer name far");
+        let off = || fs_err::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1");
+        netns.run(off).unwrap();
+        netns.block_on(async { apply(&nic(7)).await.unwrap() });
+        let addresses = ip(&netns, "-o address");
+        assert!(addresses.contains("10.77.0.7/24") && !addresses.contains("inet6"), "{addresses}");
     }
 }

@@ -140,6 +140,7 @@ async fn personalise(guest: &mut GuestClient) {
             prefix: 24,
             gateway: "10.9.0.1".into(),
             dns: vec![],
+            ..Default::default()
         }),
         unix_time_us: u64::try_from(now.as_micros()).unwrap(),
         entropy: vec![7; 64],

@@ -28,6 +28,8 @@ use tokio::time::{sleep, timeout};
 
 /// The pause before a guest whose channel broke is tried again.
 const PAUSE: Duration = Duration::from_millis(50);
+/// How long after a call broke off its VMM may take to be seen to have ended.
+const BREAK: Duration = Duration::from_millis(300);
 /// How long a short call may take: an emulated guest under load is slow.
 const CALL: Duration = Duration::from_secs(60);
 /// Random bytes for the guest's pool.
@@ -67,19 +69,31 @@ impl Guest {
         limit: Duration,
         work: impl Future<Output = Result<T, Error>>,
     ) -> Result<T, Error> {
-        tokio::select! {
+        let done = tokio::select! {
             biased;
-            done = timeout(limit, work) => done.unwrap_or_else(|_| {
-                let message = format!("{what} took longer than {} s{}", limit.as_secs(), self.last_words());
-                Err(Error::new(Code::DeadlineExceeded, message)
-                    .hint("see `bothy vm logs`; slow hosts may need a higher `vm.boot_timeout_s` in bothy.toml"))
-            }),
+            done = timeout(limit, work) => done,
             gone = Holder::gone(self.handle.vmm) => {
                 gone?;
-                let message = format!("the VMM ended during {what}{}", self.last_words());
-                Err(Error::new(Code::StageFailed, message).hint("`bothy vm logs` shows all it said"))
+                return Err(self.ended_during(what));
             }
+        };
+        let Ok(done) = done else {
+            let message = format!("{what} took longer than {} s{}", limit.as_secs(), self.last_words());
+            return Err(Error::new(Code::DeadlineExceeded, message).hint(
+                "see `bothy vm logs`; slow hosts may need a higher `vm.boot_timeout_s` in bothy.toml",
+            ));
+        };
+        // A call that breaks off is mostly the first to tell of a VMM's end.
+        let Err(e) = done else { return done };
+        match timeout(BREAK, Holder::gone(self.handle.vmm)).await {
+            Ok(Ok(())) => Err(self.ended_during(what)),
+            _ => Err(e),
         }
+    }
+
+    fn ended_during(&self, what: &str) -> Error {
+        let message = format!("the VMM ended during {what}{}", self.last_words());
+        Error::new(Code::StageFailed, message).hint("`bothy vm logs` shows all it said")
     }
 
     /// The end of the console, for an error's message.
@@ -134,6 +148,9 @@ impl Guest {
                 prefix: lease.prefix.into(),
                 gateway: lease.gateway.to_string(),
                 dns: lease.dns.iter().map(ToString::to_string).collect(),
+                address6: lease.address6.map(|a| a.to_string()).unwrap_or_default(),
+                prefix6: lease.prefix6.unwrap_or_default().into(),
+                gateway6: lease.gateway6.map(|a| a.to_string()).unwrap_or_default(),
             }),
             unix_time_us: u64::try_from(now.as_micros()).unwrap_or(u64::MAX),
             entropy,
