@@ -1,10 +1,19 @@
 //! The network as other processes see it: leases, what a VM may reach, its published ports and its name, and how the pool
 //! stands.
 
-use crate::{VmId, VmName};
+use crate::{Error, VmId, VmName};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::{
+    collections::BTreeSet,
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    str::FromStr,
+};
+
+/// How many names a policy may have, and how long each may be (RFC 1035).
+const MAX_NAMES: usize = 256;
+const MAX_NAME: usize = 253;
 
 /// A VM's place on the network. It is the VM's from create to delete, stopped or not.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,6 +70,56 @@ impl Egress {
             Self::Allow { names } => names.iter().any(|pattern| pattern_covers(pattern, name)),
         }
     }
+
+    /// The policy in one form: names in lower case, without a dot at the end, each once.
+    ///
+    /// # Errors
+    /// [`crate::Code::InvalidArgument`] where there are too many names, none at all, or one that is no name.
+    pub fn checked(self) -> Result<Self, Error> {
+        let Self::Allow { names } = self else { return Ok(self) };
+        let names = names.iter().map(|name| checked_name(name)).collect::<Result<BTreeSet<_>, _>>()?;
+        match names.len() {
+            0 => Err(Error::invalid("there is no name to allow").hint("the policy `none` allows nothing")),
+            1..=MAX_NAMES => Ok(Self::Allow { names: names.into_iter().collect() }),
+            many => Err(Error::invalid(format!("{many} names; a policy can have {MAX_NAMES}"))
+                .hint("a wildcard such as `*.crates.io` stands for all names below one")),
+        }
+    }
+}
+
+/// As people write and read it: `none`, `open`, `allow a, b`.
+impl fmt::Display for Egress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::None => f.write_str("none"),
+            Self::Open => f.write_str("open"),
+            Self::Allow { names } => write!(f, "allow {}", names.join(", ")),
+        }
+    }
+}
+
+/// A name or wildcard of [`Egress::Allow`] in its one form.
+///
+/// # Errors
+/// [`crate::Code::InvalidArgument`] where it is neither.
+pub fn checked_name(name: &str) -> Result<String, Error> {
+    let lower = name.to_ascii_lowercase();
+    let lower = lower.strip_suffix('.').unwrap_or(&lower);
+    let rest = lower.strip_prefix("*.").unwrap_or(lower);
+    let label = |l: &str| {
+        (1..=63).contains(&l.len())
+            && l.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+            && !l.starts_with('-')
+            && !l.ends_with('-')
+    };
+    if lower == "*" {
+        return Err(Error::invalid("`*` is every name").hint("use the policy `open` for that"));
+    }
+    if rest.len() > MAX_NAME || !rest.split('.').all(label) || rest.parse::<IpAddr>().is_ok() {
+        return Err(Error::invalid(format!("{name:?} is no name to allow"))
+            .hint("write `crates.io` for one name, `*.crates.io` for all names below it"));
+    }
+    Ok(lower.to_owned())
 }
 
 /// Whether a pattern of [`Egress::Allow`] covers `name`. Case and a dot at the end do not matter.
@@ -82,6 +141,61 @@ pub struct Publish {
     pub listen: SocketAddr,
     /// The port in the guest.
     pub guest_port: u16,
+}
+
+impl Publish {
+    /// Whether a VM can publish all of `ports`: no port is 0, and no two are at one address.
+    ///
+    /// # Errors
+    /// [`crate::Code::InvalidArgument`] where it cannot.
+    pub fn check(ports: &[Self]) -> Result<(), Error> {
+        let mut seen = BTreeSet::new();
+        for publish in ports {
+            if publish.listen.port() == 0 || publish.guest_port == 0 {
+                return Err(Error::invalid(format!("{publish}: 0 is no port")).hint("give 1 to 65535"));
+            }
+            if !seen.insert(publish.listen) {
+                return Err(Error::invalid(format!("{} is published twice", publish.listen)));
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the host listens, from `[ADDR:]PORT`: on its loopback where no address is given.
+    ///
+    /// # Errors
+    /// [`crate::Code::InvalidArgument`] for what is neither.
+    pub fn parse_listen(text: &str) -> Result<SocketAddr, Error> {
+        let port = || text.parse().ok().map(|port: u16| (Ipv4Addr::LOCALHOST, port).into());
+        port().or_else(|| text.parse().ok()).ok_or_else(|| {
+            Error::invalid(format!("{text:?} is no port of this host"))
+                .hint("write `8080`, `192.0.2.1:8080` or `[::1]:8080`")
+        })
+    }
+}
+
+/// From `[ADDR:]HOSTPORT:GUESTPORT`.
+impl FromStr for Publish {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let wrong = || {
+            Error::invalid(format!("{text:?} is not of the form [ADDR:]HOSTPORT:GUESTPORT"))
+                .hint("write `8080:80`, `192.0.2.1:8080:80` or `[::1]:8080:80`")
+        };
+        let (listen, guest) = text.rsplit_once(':').ok_or_else(wrong)?;
+        let listen = Self::parse_listen(listen).map_err(|_| wrong())?;
+        let publish = Self { listen, guest_port: guest.parse().map_err(|_| wrong())? };
+        Self::check(&[publish])?;
+        Ok(publish)
+    }
+}
+
+/// In the form that [`Publish::from_str`] reads.
+impl fmt::Display for Publish {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.listen, self.guest_port)
+    }
 }
 
 /// Takes a slot for a VM. A VM that has one gets the same one again.
@@ -279,6 +393,45 @@ mod tests {
         let request: AcquireLease =
             serde_json::from_value(serde_json::json!({"vm": vm, "nat": false})).unwrap();
         assert_eq!(request, AcquireLease::new(vm));
+    }
+
+    #[test]
+    fn policies_have_one_form() {
+        let allow = |names: &[&str]| {
+            let names = names.iter().map(|&n| n.to_owned()).collect();
+            Egress::Allow { names }.checked().map(|egress| egress.to_string())
+        };
+        assert_eq!(allow(&["*.Crates.io", "b.c.", "B.c"]).unwrap(), "allow *.crates.io, b.c");
+        let long = ["a"; 200].join(".");
+        for bad in
+            ["", "*", "a..b", "-a", "a-", "a b", "a*.b", "*.*.b", "10.0.0.1", "a/b", "é", "$(a)", &long]
+        {
+            assert!(allow(&[bad]).is_err(), "{bad}");
+        }
+        assert!(allow(&[]).is_err());
+        let many: Vec<_> = (0..=MAX_NAMES).map(|n| format!("a{n}")).collect();
+        assert!(Egress::Allow { names: many }.checked().is_err());
+    }
+
+    #[test]
+    fn published_ports_are_read_as_they_are_written() {
+        for (text, form) in [
+            ("8080:80", "127.0.0.1:8080:80"),
+            ("0.0.0.0:8080:80", "0.0.0.0:8080:80"),
+            ("[::1]:8080:80", "[::1]:8080:80"),
+        ] {
+            let publish: Publish = text.parse().unwrap();
+            assert_eq!(publish.to_string(), form);
+            assert_eq!(form.parse::<Publish>().unwrap(), publish);
+        }
+        for bad in
+            ["", "80", ":80", "80:", "0:80", "80:0", "::1:80:80", "a:80:80", "65536:80", "80:65536", "-1:80"]
+        {
+            assert!(bad.parse::<Publish>().is_err(), "{bad}");
+        }
+        let one: Publish = "80:80".parse().unwrap();
+        assert!(Publish::check(&[one, "81:80".parse().unwrap()]).is_ok());
+        assert!(Publish::check(&[one, "80:81".parse().unwrap()]).is_err());
     }
 
     #[test]
