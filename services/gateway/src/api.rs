@@ -8,7 +8,7 @@ use bothy_config::Config;
 use bothy_contract::{
     Code, Error, Service,
     image::ImageManifest,
-    net::NetHost,
+    net::{Egress, NetHost, Publish},
     vm::{Shape, VmHost, VmRecord, VmSpec},
     workspace::Identity,
 };
@@ -189,6 +189,12 @@ pub struct SetBody {
     /// Whether the guest may reach the outside.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nat: Option<bool>,
+    /// What the guest may reach, at once; not beside `nat`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub egress: Option<Egress>,
+    /// All ports of the guest that the host answers for, at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub publish: Option<Vec<Publish>>,
 }
 
 impl SetBody {
@@ -200,8 +206,13 @@ impl SetBody {
     pub fn check(&self, vm: &VmRecord) -> Result<(), Error> {
         if *self == Self::default() {
             return Err(Error::invalid("there is nothing to change")
-                .hint("name one of cpus, memory, work disk, system disk and nat"));
+                .hint("name one of cpus, memory, work disk, system disk, nat, egress and publish"));
         }
+        if self.nat.is_some() && self.egress.is_some() {
+            return Err(Error::invalid("`nat` and `egress` say the same thing").hint("give one of them"));
+        }
+        self.egress.clone().map(Egress::checked).transpose()?;
+        Publish::check(self.publish.as_deref().unwrap_or_default())?;
         let has = &vm.shape;
         let shape = Shape {
             cpus: self.cpus.unwrap_or(has.cpus),
@@ -269,6 +280,13 @@ mod tests {
         assert!(set(r#"{"work_mib":10240,"nat":true}"#).is_ok(), "the same size is no smaller one");
         assert!(set(r#"{"system_mib":10239}"#).unwrap_err().contains("system disk of web has 10240 MiB"));
         assert!(set(r#"{"work_mib":64}"#).unwrap_err().contains("work disk"));
+        assert!(set(r#"{"egress":{"policy":"allow","names":["*.crates.io"]}}"#).is_ok());
+        assert!(set(r#"{"egress":{"policy":"allow","names":["*"]}}"#).is_err());
+        assert!(set(r#"{"egress":{"policy":"open"},"nat":true}"#).is_err());
+        let port = r#"{"listen":"127.0.0.1:8080","guest_port":80}"#;
+        assert!(set(&format!(r#"{{"publish":[{port}]}}"#)).is_ok());
+        assert!(set(&format!(r#"{{"publish":[{port},{port}]}}"#)).unwrap_err().contains("twice"));
+        assert!(set(r#"{"publish":[]}"#).is_ok(), "nothing is published any more");
         assert!(set(r#"{"cpus":65}"#).is_err() && set("{}").is_err());
         assert!(
             serde_json::from_str::<SetBody>(r#"{"memory":1}"#).is_err(),

@@ -77,6 +77,7 @@ impl Gateway {
             .route("/vms/{vm}/stop", post(vms::stop))
             .route("/vms/{vm}/restart", post(vms::restart))
             .route("/vms/{vm}/kill", post(vms::kill))
+            .route("/vms/{vm}/egress", get(vms::egress))
             .route("/vms/{vm}/ports", get(usage::ports))
             .route("/stats", get(usage::stats))
             .route("/vms/{vm}/logs", get(logs::logs))

@@ -11,7 +11,8 @@ use axum::{
     http::{HeaderMap, StatusCode},
 };
 use bothy_contract::{
-    methods::{VmCreate, VmDelete, VmKill, VmRestart, VmSet, VmStart, VmStop},
+    methods::{NetEgressShow, VmCreate, VmDelete, VmKill, VmRestart, VmSet, VmStart, VmStop},
+    net::{Egress, EgressReport, GetEgress, Publish},
     op::Begun,
     vm::{CreateVm, DeleteVm, KillVm, RestartVm, SetVm, StartVm, StopVm, VmList, VmRecord},
 };
@@ -39,9 +40,11 @@ pub(crate) async fn create(
     State(gateway): State<Gateway>,
     peer: Peer,
     headers: HeaderMap,
-    Body(api::CreateBody { spec, force }): Body<api::CreateBody>,
+    Body(api::CreateBody { mut spec, force }): Body<api::CreateBody>,
 ) -> Result<Accepted, ApiError> {
     spec.shape.check()?;
+    spec.egress = spec.egress.map(Egress::checked).transpose()?;
+    Publish::check(&spec.publish)?;
     let request = CreateVm { spec, owner: peer.uid, force };
     Ok(accepted(gateway.change::<VmCreate>(&peer, &headers, &request).await?))
 }
@@ -121,8 +124,17 @@ pub(crate) async fn set(
 ) -> Result<Accepted, ApiError> {
     let vm = gateway.vm(&peer, &vm).await?;
     body.check(&vm)?;
-    let api::SetBody { cpus, memory_mib, work_mib, system_mib, nat } = body;
-    let request =
-        SetVm { vm: vm.id, cpus, memory_mib, work_mib, system_mib, nat, egress: None, publish: None };
+    let api::SetBody { cpus, memory_mib, work_mib, system_mib, nat, egress, publish } = body;
+    let egress = egress.map(Egress::checked).transpose()?;
+    let request = SetVm { vm: vm.id, cpus, memory_mib, work_mib, system_mib, nat, egress, publish };
     Ok(accepted(gateway.change::<VmSet>(&peer, &headers, &request).await?))
+}
+
+pub(crate) async fn egress(
+    State(gateway): State<Gateway>,
+    peer: Peer,
+    Path(vm): Path<String>,
+) -> Result<Json<EgressReport>, ApiError> {
+    let vm = gateway.vm(&peer, &vm).await?;
+    Ok(Json(gateway.call::<NetEgressShow>(&GetEgress { vm: vm.id }).await?))
 }

@@ -57,7 +57,12 @@ pub(crate) async fn main(context: &Context, args: cli::Run) -> Result<Status, Er
     if shell && !command.tty {
         context.printer.note("no command was given, so a shell reads stdin");
     }
+    let began = jiff::Timestamp::now();
     let ended = exec::exec(&context.gateway, context.printer, &vm, &command).await;
+    if matches!(ended, Ok(status) if status != 0) {
+        let allows = if args.rm { vm::Allows::NextRun } else { vm::Allows::Machine };
+        vm::denials(context, &vm, began, allows).await;
+    }
     // Whatever became of the command, what it changed is wanted.
     let saved = save(context, &vm, &args, &root).await;
     match (ended, saved) {

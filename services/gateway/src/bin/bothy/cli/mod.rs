@@ -1,8 +1,10 @@
 //! What one can type.
 
+mod network;
 mod values;
 mod vm;
 
+pub(crate) use network::{Network, Policy};
 pub(crate) use vm::{Delete, Exec, Prune, Refs, Several, Vm};
 
 use bothy_contract::{ImageName, VmName};
@@ -81,9 +83,8 @@ pub(crate) struct Shape {
     /// System disk, which holds what is written elsewhere: 10G; a bare number is MiB
     #[arg(long, value_name = "SIZE", value_parser = mib)]
     pub(crate) system_disk: Option<u64>,
-    /// Let the machine reach the outside through the host
-    #[arg(long)]
-    pub(crate) nat: bool,
+    #[command(flatten)]
+    pub(crate) network: Network,
     /// Create it even if the host's memory does not hold it
     #[arg(long)]
     pub(crate) force: bool,
@@ -293,5 +294,27 @@ mod tests {
             !parse("bothy vm kill --all") && !parse("bothy vm set web") && !parse("bothy vm set --nat on")
         );
         assert!(parse("bothy vm set web db --nat on --memory 2G") && parse("bothy vm stats"));
+    }
+
+    #[test]
+    fn what_a_machine_reaches_is_said_in_one_way() {
+        let parse = |line: &str| Cli::try_parse_from(line.split(' ')).is_ok();
+        for command in ["vm create", "run"] {
+            let parse = |options: &str| parse(&format!("bothy {command} {options}"));
+            assert!(parse("--nat") && parse("--egress none") && parse("--allow a.b,*.c.d --allow e.f"));
+            assert!(parse("--publish 8080:80 --publish [::1]:8081:80"));
+            for bad in ["--nat --egress open", "--nat --allow a.b", "--egress open --allow a.b"] {
+                assert!(!parse(bad), "{bad}");
+            }
+            for bad in ["--allow *", "--allow 10.0.0.1", "--egress allow", "--publish 80", "--publish 0:80"] {
+                assert!(!parse(bad), "{bad}");
+            }
+        }
+        assert!(parse("bothy vm set web --publish 1:1 --unpublish 2 --egress open"));
+        assert!(
+            !parse("bothy vm set web --egress open --nat on") && !parse("bothy vm set web --unpublish x")
+        );
+        assert!(parse("bothy vm egress web") && parse("bothy vm egress web allow a.b c.d --only"));
+        assert!(!parse("bothy vm egress web allow") && !parse("bothy vm egress web maybe"));
     }
 }

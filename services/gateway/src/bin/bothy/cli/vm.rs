@@ -1,13 +1,18 @@
 //! What one can type behind `bothy vm`.
 
 use super::{
-    Shape,
+    Policy, Shape,
+    network::Reach,
     values::{age, key_value, mib, signal},
 };
-use bothy_contract::vm::LogSource;
+use bothy_contract::{
+    Error,
+    net::Publish,
+    vm::{LogSource, VmRecord},
+};
 use bothy_gateway::api::SetBody;
 use clap::{Args, Subcommand, ValueEnum};
-use std::time::Duration;
+use std::{net::SocketAddr, time::Duration};
 
 /// Machines that are named.
 #[derive(Debug, Args)]
@@ -85,12 +90,19 @@ pub(crate) enum Vm {
         #[arg(long, short, default_value = "KILL", value_parser = signal, allow_hyphen_values = true)]
         signal: i32,
     },
-    /// Change machines: more disk, another size, NAT
+    /// Change machines: more disk, another size, what they reach, published ports
     Set {
         #[command(flatten)]
         which: Refs,
         #[command(flatten)]
         change: Change,
+    },
+    /// Show what a machine may reach and what it was denied, or change what it may reach, at once
+    Egress {
+        /// Name, id, or a unique prefix of either
+        vm: String,
+        #[command(subcommand)]
+        policy: Option<Policy>,
     },
     /// Delete machines with their disks
     #[command(visible_alias = "rm")]
@@ -171,9 +183,18 @@ pub(crate) struct Change {
     /// System disk, which holds what is written elsewhere; it only grows
     #[arg(long, value_name = "SIZE", value_parser = mib)]
     system_disk: Option<u64>,
-    /// Whether the machine may reach the outside through the host
-    #[arg(long, value_enum, value_name = "WHETHER")]
+    /// Whether the machine may reach the outside through the host: short for `--egress open` or `none`
+    #[arg(long, value_enum, value_name = "WHETHER", conflicts_with = "egress")]
     nat: Option<Switch>,
+    /// What the machine may reach outside; at once
+    #[arg(long, value_enum, value_name = "POLICY")]
+    egress: Option<Reach>,
+    /// Answer on a TCP port of this host for one of the machine, besides those published already; at once
+    #[arg(long, value_name = "[ADDR:]HOSTPORT:GUESTPORT")]
+    publish: Vec<Publish>,
+    /// Do not answer on a port of this host any more
+    #[arg(long, value_name = "[ADDR:]HOSTPORT", value_parser = Publish::parse_listen)]
+    unpublish: Vec<SocketAddr>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -182,15 +203,43 @@ enum Switch {
     Off,
 }
 
-impl From<Change> for SetBody {
-    fn from(change: Change) -> Self {
-        Self {
-            cpus: change.cpus,
-            memory_mib: change.memory,
-            work_mib: change.disk,
-            system_mib: change.system_disk,
-            nat: change.nat.map(|nat| nat == Switch::On),
+impl Change {
+    /// What is to be made of `vm`.
+    ///
+    /// # Errors
+    /// When a port is to be published twice, or one that is not published is to go.
+    pub(crate) fn of(&self, vm: &VmRecord) -> Result<SetBody, Error> {
+        let ports = !self.publish.is_empty() || !self.unpublish.is_empty();
+        Ok(SetBody {
+            cpus: self.cpus,
+            memory_mib: self.memory,
+            work_mib: self.disk,
+            system_mib: self.system_disk,
+            nat: self.nat.map(|nat| nat == Switch::On),
+            egress: self.egress.map(Into::into),
+            publish: if ports { Some(self.ports(vm)?) } else { None },
+        })
+    }
+
+    /// The ports that `vm` publishes then.
+    fn ports(&self, vm: &VmRecord) -> Result<Vec<Publish>, Error> {
+        let mut ports = vm.publish.clone();
+        for listen in &self.unpublish {
+            let before = ports.len();
+            ports.retain(|port| port.listen != *listen);
+            if ports.len() == before {
+                return Err(Error::not_found(format!("{} publishes nothing at {listen}", vm.name))
+                    .hint(format!("`bothy vm show {}` shows its published ports", vm.name)));
+            }
         }
+        for port in &self.publish {
+            // Said once more is no change.
+            if !ports.contains(port) {
+                ports.push(*port);
+            }
+        }
+        Publish::check(&ports)?;
+        Ok(ports)
     }
 }
 

@@ -104,9 +104,15 @@ pub(super) async fn kill(context: &Context, which: &cli::Refs, signal: i32) -> R
     .await
 }
 
-pub(super) async fn set(context: &Context, which: &cli::Refs, change: &SetBody) -> Result<Status, Error> {
-    let targets = Targets::named(context, &which.vms).await?;
+/// Makes of each machine what `change` says of it as it is now.
+pub(super) async fn set(
+    context: &Context,
+    vms: &[String],
+    change: impl Fn(&VmRecord) -> Result<SetBody, Error>,
+) -> Result<Status, Error> {
+    let targets = Targets::named(context, vms).await?;
     many::change(context, targets, async |watcher, vm| {
+        let change = &change(vm)?;
         // Before anything is begun, and with the sizes in the words in which they were given.
         change.check(vm)?;
         let (begun, outcome) = wait(context, watcher, vm, (Method::PATCH, "", change)).await?;
@@ -152,6 +158,15 @@ fn effects(change: &SetBody, vm: &VmRecord) -> Vec<Effect> {
     if change.nat.is_some() {
         let text = format!("nat {}", if vm.nat { "on" } else { "off" });
         effects.push(Effect { field: "nat", text, later: false });
+    }
+    if change.egress.is_some() {
+        effects.push(Effect { field: "egress", text: format!("egress {}", vm.egress), later: false });
+    }
+    if change.publish.is_some() {
+        let ports = super::show::published(vm);
+        let text =
+            if ports.is_empty() { "no published ports".to_owned() } else { format!("publishes {ports}") };
+        effects.push(Effect { field: "publish", text, later: false });
     }
     effects
 }
@@ -253,19 +268,27 @@ mod tests {
             work_mib: Some(20_480),
             system_mib: None,
             nat: Some(true),
+            egress: Some(bothy_contract::net::Egress::Open),
+            publish: Some(Vec::new()),
         };
+        vm.egress = bothy_contract::net::Egress::Open;
         insta::assert_snapshot!(told(&change, &vm), @r"
         web: cpus 4
         web: memory 2048 MiB
         web: work disk 20480 MiB
         web: nat on
+        web: egress open
+        web: no published ports
         ");
+        vm.publish = vec!["8080:80".parse().unwrap()];
         vm.booted = Some(Shape { cpus: 2, memory_mib: 1024, ..vm.shape.clone() });
         insta::assert_snapshot!(told(&change, &vm), @r"
         web: cpus 4 from the next start on (it runs with 2)
         web: memory 2048 MiB from the next start on (it runs with 1024 MiB)
         web: work disk 20480 MiB now
         web: nat on now
+        web: egress open now
+        web: publishes 127.0.0.1:8080 -> 80 now
         ");
     }
 }

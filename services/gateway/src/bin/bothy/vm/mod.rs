@@ -1,24 +1,28 @@
 //! `bothy vm`: machines. [`many`] is how a command does something with several at once.
 
 mod change;
+mod egress;
 mod logs;
 mod many;
-mod ports;
+pub(crate) mod ports;
 mod prune;
 mod show;
 mod stats;
 
 pub(crate) use change::delete_quietly;
+pub(crate) use egress::{Allows, denials};
 pub(crate) use many::Failure;
 
 use crate::{Context, Status, cli, exec, printer::duration, progress, ssh};
 use bothy_contract::{
     Error, VmId,
+    net::Publish,
     op::Begun,
     vm::{Shape, VmList, VmRecord, VmSpec},
 };
 use bothy_gateway::api::{self, CreateBody};
 use http::Method;
+use jiff::Timestamp;
 use many::{Failures, Targets};
 use progress::Watcher;
 use serde_json::json;
@@ -54,7 +58,8 @@ pub(crate) async fn main(context: &Context, command: cli::Vm) -> Result<Status, 
         cli::Vm::Stop { which, grace } => change::stop(context, &which, grace.ms()).await,
         cli::Vm::Restart { which, grace } => change::restart(context, &which, grace.ms()).await,
         cli::Vm::Kill { which, signal } => change::kill(context, &which, signal).await,
-        cli::Vm::Set { which, change } => change::set(context, &which, &change.into()).await,
+        cli::Vm::Set { which, change } => change::set(context, &which.vms, |vm| change.of(vm)).await,
+        cli::Vm::Egress { vm, policy } => egress::main(context, vm, policy).await,
         cli::Vm::Delete(args) => change::delete(context, &args).await,
         cli::Vm::Prune(args) => prune::main(context, &args).await,
         cli::Vm::Stats { vms, watch } => stats::main(context, &vms, watch).await,
@@ -62,7 +67,12 @@ pub(crate) async fn main(context: &Context, command: cli::Vm) -> Result<Status, 
         cli::Vm::Exec(args) => {
             let vm = show(context, &args.vm).await?;
             let command = exec::Command::from(args);
-            exec::exec(&context.gateway, printer, &vm, &command).await.map(Status)
+            let began = Timestamp::now();
+            let status = exec::exec(&context.gateway, printer, &vm, &command).await?;
+            if status != 0 {
+                denials(context, &vm, began, Allows::Machine).await;
+            }
+            Ok(Status(status))
         }
         cli::Vm::Shell { vm, user, workdir } => {
             let vm = show(context, &vm).await?;
@@ -112,13 +122,14 @@ pub(crate) async fn create(
         system_mib: args.system_disk.unwrap_or(default.system_mib),
     };
     shape.check()?;
+    Publish::check(&args.network.publish)?;
     let spec = VmSpec {
         name: args.name.clone(),
         image: args.image.clone(),
         shape,
-        nat: args.nat,
-        egress: None,
-        publish: Vec::new(),
+        nat: args.network.nat,
+        egress: args.network.egress()?,
+        publish: args.network.publish.clone(),
         identity: ssh::identity(context.printer),
     };
     let body = CreateBody { spec, force: args.force };

@@ -7,6 +7,7 @@ use super::{
 use crate::{Context, Status, printer::table};
 use bothy_contract::{
     Error,
+    net::Publish,
     usage::{GuestPort, PortList},
     vm::VmRecord,
 };
@@ -31,6 +32,9 @@ struct Ports<'a> {
     /// Whether this host resolves `host` to `address`.
     resolves: bool,
     ports: Vec<GuestPort>,
+    /// Those that the host answers for.
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    published: &'a [Publish],
 }
 
 pub(super) async fn main(context: &Context, refs: &[String]) -> Result<Status, Error> {
@@ -52,7 +56,8 @@ pub(super) async fn main(context: &Context, refs: &[String]) -> Result<Status, E
                     Some(address) => resolves(&host, address).await,
                     None => false,
                 };
-                found.push(Ports { vm: &vm.id, name: vm.name.as_str(), host, address, resolves, ports });
+                let (name, published) = (vm.name.as_str(), vm.publish.as_slice());
+                found.push(Ports { vm: &vm.id, name, host, address, resolves, ports, published });
             }
             Err(e) => failures.add(vm.name.as_str(), e, |failure| printer.failure(failure)),
         }
@@ -67,7 +72,7 @@ pub(super) async fn main(context: &Context, refs: &[String]) -> Result<Status, E
 }
 
 /// Whether this host takes `host` for `address`.
-async fn resolves(host: &str, address: Ipv4Addr) -> bool {
+pub(crate) async fn resolves(host: &str, address: Ipv4Addr) -> bool {
     let host = host.to_owned();
     // The resolver blocks, and may do so for long where no name server answers.
     let lookup = tokio::task::spawn_blocking(move || {
@@ -106,12 +111,19 @@ fn usable(vm: &Ports<'_>, port: &GuestPort) -> String {
         // The guest's agent connects, so the guest's own loopback is good.
         return format!("`bothy vm proxy {} {number}`", vm.name);
     }
-    match vm.address {
-        _ if inside => "only in the machine".to_owned(),
-        None => "-".to_owned(),
-        Some(_) if vm.resolves => format!("{}:{number}", vm.host),
-        Some(address) => format!("{}:{number} or {address}:{number}", vm.host),
-    }
+    let mut uses: Vec<_> = vm
+        .published
+        .iter()
+        .filter(|publish| !inside && publish.guest_port == number && port.protocol.starts_with("tcp"))
+        .map(|publish| publish.listen.to_string())
+        .collect();
+    uses.extend(match vm.address {
+        _ if inside => vec!["only in the machine".to_owned()],
+        None => vec!["-".to_owned()],
+        Some(_) if vm.resolves => vec![format!("{}:{number}", vm.host)],
+        Some(address) => vec![format!("{}:{number}", vm.host), format!("{address}:{number}")],
+    });
+    uses.join(" or ")
 }
 
 #[cfg(test)]
@@ -127,7 +139,9 @@ mod tests {
             port,
             process: process.map(str::to_owned),
         };
+        let published = ["8022:22".parse().unwrap(), "631:631".parse().unwrap()];
         let vm = |name: &'static str, resolves| Ports {
+            published: if resolves { &published } else { &[] },
             vm: &id,
             name,
             host: format!("{name}.vm"),
@@ -141,7 +155,7 @@ mod tests {
         };
         insta::assert_snapshot!(listing(&[vm("web", true), vm("db", false)]), @r"
         NAME  PROTOCOL  PORT  LISTENS ON  PROCESS        USE
-        web   tcp         22  0.0.0.0     sshd           web.vm:22
+        web   tcp         22  0.0.0.0     sshd           127.0.0.1:8022 or web.vm:22
         web   tcp6       631  ::1         cups\u{1b}[2J  `bothy vm proxy web 631`
         web   udp        323  127.0.0.1   -              only in the machine
         db    tcp         22  0.0.0.0     sshd           db.vm:22 or 10.77.0.2:22

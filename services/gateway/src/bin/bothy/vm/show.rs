@@ -54,9 +54,14 @@ pub(super) fn details(vm: &VmRecord) -> String {
         ("work disk", runs(vm.shape.work_mib, " MiB", |s| s.work_mib)),
         ("system disk", runs(vm.shape.system_mib, " MiB", |s| s.system_mib)),
         ("address", lease.map(|l| format!("{}/{}", l.address, l.prefix)).unwrap_or_default()),
+        (
+            "address 6",
+            lease.and_then(|l| Some(format!("{}/{}", l.address6?, l.prefix6?))).unwrap_or_default(),
+        ),
         ("mac", lease.map(|l| l.mac.clone()).unwrap_or_default()),
         ("tap", lease.map(|l| l.tap.clone()).unwrap_or_default()),
-        ("nat", if vm.nat { "on" } else { "off" }.to_owned()),
+        ("egress", vm.egress.to_string()),
+        ("published", published(vm)),
         ("vmm", vm.vmm.clone().unwrap_or_default()),
         ("vmm pid", vm.vmm_pid.map(|pid| pid.to_string()).unwrap_or_default()),
         ("boot id", vm.boot_id.clone().unwrap_or_default()),
@@ -64,6 +69,13 @@ pub(super) fn details(vm: &VmRecord) -> String {
         ("created", vm.created.strftime("%Y-%m-%d %H:%M:%SZ").to_string()),
         ("started", vm.started.map(|t| t.strftime("%Y-%m-%d %H:%M:%SZ").to_string()).unwrap_or_default()),
     ])
+}
+
+/// The published ports of a machine in a row.
+pub(super) fn published(vm: &VmRecord) -> String {
+    let ports: Vec<_> =
+        vm.publish.iter().map(|port| format!("{} -> {}", port.listen, port.guest_port)).collect();
+    ports.join(", ")
 }
 
 #[cfg(test)]
