@@ -5,7 +5,7 @@ use bothy_e2e::matrix::{Break, Cell, Fault, Matrix, Then};
 use bothy_testkit::require_root;
 
 /// Who dies so that the create must go on to its end all the same: whoever serves the stage, or the vm-agent.
-const SERVED_BY: [(&str, Service); 10] = [
+const SERVED_BY: [(&str, Service); 11] = [
     ("resolve_image", Service::Image),
     ("acquire_network", Service::Net),
     ("host_key", Service::Vm),
@@ -14,6 +14,7 @@ const SERVED_BY: [(&str, Service); 10] = [
     ("launch_vmm", Service::Vm),
     ("wait_guest", Service::Vm),
     ("personalise", Service::Vm),
+    ("publish_dns", Service::Net),
     ("sync_identity", Service::Workspace),
     ("wait_services", Service::Vm),
 ];
@@ -93,6 +94,12 @@ fn a_guest_that_does_not_answer_in_time() {
 fn personalise() {
     require_root!();
     stage("personalise", &[Break::VmmDies, Break::HolderDies]);
+}
+
+#[test]
+fn publish_dns() {
+    require_root!();
+    stage("publish_dns", &[]);
 }
 
 #[test]

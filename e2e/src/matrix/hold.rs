@@ -118,6 +118,13 @@ impl Matrix {
                 drop(gate);
                 (begun, Held::Process(held))
             }
+            "publish_dns" => {
+                let begun = begin()?;
+                // Its network is there, and its guest needs a second at least to boot.
+                self.in_stage(&begun, "wait_guest")?;
+                let held = self.stop_service(Service::Net)?;
+                (begun, Held::Process(held))
+            }
             "sync_identity" => {
                 let held = self.stop_service(Service::Workspace)?;
                 (begin()?, Held::Process(held))
