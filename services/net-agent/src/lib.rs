@@ -6,7 +6,6 @@
 //! finds it again when it starts.
 
 pub mod devices;
-pub mod dns;
 pub mod firewall;
 pub mod forwarding;
 pub mod forwarding6;
