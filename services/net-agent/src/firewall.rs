@@ -238,6 +238,20 @@ impl Firewall {
         self.list().await.map(|text| listing::denied(&text)).map_err(|why| self.failed(&why))
     }
 
+    /// Takes away what was counted against the guest of `slot`, which is another's soon.
+    pub async fn forget_denied(&self, slot: u32) -> Result<(), Error> {
+        let _alone = self.wanted.lock().await;
+        let text = self.list().await.map_err(|why| self.failed(&why))?;
+        let of_slot = |denied: &DeniedPackets| self.plan.slot_of(denied.guest) == Some(slot);
+        for DeniedPackets { guest, to, .. } in listing::denied(&text).into_iter().filter(of_slot) {
+            // One that has expired since the listing is not there any more, which is all that is wanted.
+            if let Err(why) = self.run(ruleset::forget_denied(&self.plan, guest, to)).await {
+                tracing::debug!(%guest, %to, %why, "a denial has gone by itself");
+            }
+        }
+        Ok(())
+    }
+
     /// The interfaces on which we turned IPv4 forwarding on.
     pub async fn set_uplinks(&self, uplinks: &BTreeSet<String>) -> Result<(), Error> {
         self.names(uplinks, |w| &mut w.uplinks, Change::AddUplinks, Change::RemoveUplinks).await

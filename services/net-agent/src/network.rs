@@ -312,6 +312,7 @@ impl Inner {
         self.publisher.clear(held.slot);
         self.apply_egress(vm, &held, &Egress::None).await?;
         self.devices.remove(held.slot).await?;
+        self.devices.firewall.forget_denied(held.slot).await?;
         self.leases.delete(vm).await?;
         self.vms().remove(&vm);
         self.denials().forget(held.slot);

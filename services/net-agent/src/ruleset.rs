@@ -133,6 +133,12 @@ pub fn removal(plan: &Plan) -> String {
         .collect()
 }
 
+/// The command that takes away what was counted of `guest`'s packets to `to`.
+pub fn forget_denied(plan: &Plan, guest: IpAddr, to: IpAddr) -> String {
+    let version = if guest.is_ipv4() { 4 } else { 6 };
+    format!("delete element inet {} denied{version} {{ {guest} . {to} }}\n", plan.bridge)
+}
+
 /// The transaction that makes one change; empty where there is nothing to do.
 pub fn change(plan: &Plan, change: &Change) -> String {
     let names = |names: &BTreeSet<String>| -> Vec<String> {

@@ -74,6 +74,12 @@ async fn machine(world: &World, net: &Network, egress: Egress) -> (VmId, Machine
     (vm, Machine::new(&world.ns, &lease))
 }
 
+/// What `nft` says in the host's namespace.
+fn nft(world: &World, args: &[&str]) -> String {
+    let out = world.ns.run(|| std::process::Command::new("nft").args(args).output().unwrap());
+    String::from_utf8(out.stdout).unwrap()
+}
+
 #[test]
 fn only_resolved_names_are_reached() {
     require_root!();
@@ -201,6 +207,12 @@ fn some_places_are_closed_under_every_policy() {
             .await
             .unwrap();
         assert!(refused(&connect(&m.ns, metadata, 80)) && refused(&connect(&m.ns, container, 80)));
+        // The next VM of that address does not inherit it.
+        let bridge = net.show().bridge;
+        let counted = || nft(world, &["list", "set", "inet", &bridge, "denied4"]);
+        assert!(counted().contains(&m.lease.address.to_string()), "{}", counted());
+        net.release(vm).await.unwrap();
+        assert!(!counted().contains(&m.lease.address.to_string()), "{}", counted());
     });
 }
 
