@@ -14,7 +14,7 @@ use crate::{
     store::Vm,
 };
 use bothy_contract::{
-    Error, VmId,
+    Code, Error, VmId,
     image::GrowDisks,
     methods::{ImageDisksGrow, NetEgressSet, NetPortsPublish},
     net::{Egress, Publish, PublishPorts, SetEgress},
@@ -68,6 +68,7 @@ pub(crate) fn check(vm: &Vm, change: &Change) -> Result<(), Error> {
         return Err(Error::invalid(format!("nothing of VM {name} is to be changed"))
             .hint("name what: `--cpus`, `--memory`, `--disk`, `--system-disk`, `--egress` or `--publish`"));
     }
+    change.egress.as_ref().map_or(Ok(()), reachable)?;
     let to = change.of(shape);
     to.check()?;
     for (what, has, wants) in
@@ -81,6 +82,21 @@ pub(crate) fn check(vm: &Vm, change: &Change) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// Whether this host can let a guest reach what `egress` says.
+///
+/// # Errors
+/// It names names: without a name server of bothy's own for guests nothing could fill in their addresses.
+pub(crate) fn reachable(egress: &Egress) -> Result<(), Error> {
+    match egress {
+        Egress::None | Egress::Open => Ok(()),
+        Egress::Allow { .. } => Err(Error::new(
+            Code::FailedPrecondition,
+            "names cannot be allowed yet: guests have no name server here",
+        )
+        .hint("`--egress open` lets the guest reach everything, `--egress none` nothing")),
+    }
 }
 
 /// Adds the stages of a change to `g`.
@@ -177,7 +193,7 @@ async fn living_if(agent: &Agent, vm: VmId, reaches: bool) -> Result<Option<Live
 mod tests {
     use super::*;
     use crate::store::Facts;
-    use bothy_contract::{Code, ImageName};
+    use bothy_contract::ImageName;
 
     fn change(json: serde_json::Value) -> Change {
         serde_json::from_value(json).unwrap()
@@ -207,5 +223,7 @@ mod tests {
         ] {
             check(&vm, &change(good)).unwrap();
         }
+        let names = change(serde_json::json!({ "egress": { "policy": "allow", "names": ["crates.io"] } }));
+        assert_eq!(check(&vm, &names).unwrap_err().code, Code::FailedPrecondition);
     }
 }
