@@ -4,15 +4,18 @@ use bothy_bus::{Client, Server, testing::TestBus};
 use bothy_contract::{
     Code, Error, ImageName, OpId, Service, VmId,
     methods::{
-        ImageOpShow, VmChannelOpen, VmCreate, VmDelete, VmKill, VmListAll, VmLogOpen, VmOpCancel, VmOpShow,
-        VmPortsList, VmRestart, VmSet, VmShow, VmStatsShow, VmStop, WorkspaceExportOpen, WorkspaceImportOpen,
+        ImageOpShow, NetEgressShow, VmChannelOpen, VmCreate, VmDelete, VmKill, VmListAll, VmLogOpen,
+        VmOpCancel, VmOpShow, VmPortsList, VmRestart, VmSet, VmShow, VmStatsShow, VmStop,
+        WorkspaceExportOpen, WorkspaceImportOpen,
     },
+    net::{Denied, Egress, EgressReport},
     op::{Begun, OpEvent, OpEventKind, OpRecord, OpRef, OpState},
     usage::{GuestPort, PortList, VmStats, VmStatsList},
     vm::{Shape, VmList, VmRecord, VmState},
     workspace::{ExportReport, ImportReport},
 };
 use bothy_tickets::{Frame, FrameReader, FrameWriter, Tickets};
+use jiff::Timestamp;
 use serde_json::Value;
 use std::{
     os::unix::{fs::PermissionsExt, process::CommandExt},
@@ -287,7 +290,14 @@ pub(crate) async fn host() -> Host {
     });
     let (d, n) = (done.clone(), Arc::clone(&changes));
     let server = server.serve::<VmSet, _, _>(move |_, request| {
-        n.lock().unwrap().push(format!("set {} {:?}", request.vm, request.memory_mib));
+        let mut noted = format!("set {} {:?}", request.vm, request.memory_mib);
+        if let Some(egress) = &request.egress {
+            noted.push_str(&format!(" {egress}"));
+        }
+        for port in request.publish.iter().flatten() {
+            noted.push_str(&format!(" {port}"));
+        }
+        n.lock().unwrap().push(noted);
         let done = d.clone();
         async move { Ok(done.begun(request.vm).await) }
     });
@@ -295,6 +305,18 @@ pub(crate) async fn host() -> Host {
     let image = Server::new(Client::connect(&bus.config, Service::Image).await.unwrap(), 4)
         .serve::<ImageOpShow, _, _>(|_, _| async { Err(Error::not_found("no such operation")) });
     tokio::spawn(image.run(stop.clone()));
+    let asked = Arc::clone(&changes);
+    let net = Server::new(Client::connect(&bus.config, Service::Net).await.unwrap(), 4)
+        .serve::<NetEgressShow, _, _>(move |_, request| {
+            asked.lock().unwrap().push(format!("egress of {}", request.vm));
+            let denied = |name: &str, last| Denied { name: name.to_owned(), count: 2, last };
+            // Something from long ago, and something that is denied again and again.
+            let denied =
+                vec![denied("new.test", Timestamp::now()), denied("old.test", Timestamp::UNIX_EPOCH)];
+            let policy = Egress::Allow { names: vec!["a.b".to_owned()] };
+            async move { Ok(EgressReport { policy, allowed: Vec::new(), denied }) }
+        });
+    tokio::spawn(net.run(stop.clone()));
     let (import, cut) = (workspace.clone(), vms[2].id);
     let server = Server::new(Client::connect(&bus.config, Service::Workspace).await.unwrap(), 4)
         .serve::<WorkspaceImportOpen, _, _>(move |_, _| {

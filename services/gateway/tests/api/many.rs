@@ -205,3 +205,40 @@ async fn a_command_s_output_arrives_whole_and_its_end_is_never_made_up() {
     host.until(|| host.run(0, &["vm", "list"]).status.success()).await;
     assert_eq!(host.run(0, &["vm", "exec", "real", "--", "sh", "-c", "exit 3"]).status.code(), Some(3));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_machine_reaches_is_changed_shown_and_hinted_at() {
+    bothy_testkit::require_root!();
+    let host = host().await;
+    let changes = || -> Vec<_> {
+        let mut changes = host.changes.lock().unwrap();
+        changes.drain(..).map(|c| host.name_ids(&c)).collect()
+    };
+    for (args, noted) in [
+        (&["egress", "web", "allow", "B.c.", "*.d.e,b.c"][..], "set web None allow *.d.e, b.c"),
+        (&["egress", "web", "open"], "set web None open"),
+        (&["set", "web", "--egress", "none", "--publish", "8080:80"], "set web None none 127.0.0.1:8080:80"),
+    ] {
+        let args: Vec<_> = ["vm"].iter().chain(args).copied().collect();
+        let out = host.run(ALICE, &args);
+        assert!(out.status.success(), "{out:?}");
+        assert_eq!(changes(), [noted]);
+    }
+    assert_eq!(host.code(ALICE, &["vm", "set", "web", "--unpublish", "8080"]), "not_found");
+    assert_eq!(host.code(BOB, &["vm", "egress", "web"]), "not_found");
+    assert_eq!(host.code(BOB, &["vm", "egress", "web", "open"]), "not_found");
+    assert!(changes().is_empty());
+    let report = host.json(ALICE, &["vm", "egress", "web"]);
+    assert_eq!(report["policy"]["names"][0], "a.b");
+    assert_eq!(report["denied"][0]["count"], 2);
+    assert_eq!(report["command"], "bothy vm egress web allow new.test old.test");
+    changes();
+    // Only what was denied while the command ran is told, and nobody asks after a success.
+    let out = host.run(ALICE, &["vm", "exec", "real", "--", "false"]);
+    let text = String::from_utf8(out.stderr).unwrap();
+    assert_eq!(text, "real was denied new.test; `bothy vm egress real allow new.test` allows it\n");
+    assert_eq!(changes(), ["channel of real", "egress of real"]);
+    let out = host.run(ALICE, &["vm", "exec", "real", "--", "true"]);
+    assert!(out.status.success() && out.stderr.is_empty(), "{out:?}");
+    assert_eq!(changes(), ["channel of real"]);
+}

@@ -13,10 +13,13 @@ use bothy_contract::{
 use bothy_gateway::api::SetBody;
 use jiff::Timestamp;
 use serde_json::json;
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{collections::BTreeSet, net::IpAddr, time::Duration};
 
 /// How many names a hint has room for.
 const HINTED: usize = 8;
+
+/// How long a command that failed may be held up for a hint.
+const HINT: Duration = Duration::from_secs(2);
 
 /// What can allow what was denied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,7 +58,7 @@ async fn report(context: &Context, vm: &VmRecord) -> Result<EgressReport, Error>
 
 /// Says in one line what `vm` was denied since `began`, if anything. A failure here must not hide that of the command.
 pub(crate) async fn denials(context: &Context, vm: &VmRecord, began: Timestamp, allows: Allows) {
-    let Ok(report) = report(context, vm).await else { return };
+    let Ok(Ok(report)) = tokio::time::timeout(HINT, report(context, vm)).await else { return };
     let denied: Vec<_> = report.denied.into_iter().filter(|denied| denied.last >= began).collect();
     if let Some(hint) = hint(vm, &report.policy, &denied, allows) {
         context.printer.note(crate::printer::visible(&hint));
