@@ -71,7 +71,8 @@ impl fmt::Display for Thing {
 pub struct Census(BTreeSet<Thing>);
 
 /// Tables whose rows are history or memory, not possession.
-const HISTORY: [&str; 6] = ["op", "op_stage", "op_outbox", "reply", "forwarding", "sqlite_sequence"];
+const HISTORY: [&str; 7] =
+    ["op", "op_stage", "op_outbox", "reply", "forwarding", "setting", "sqlite_sequence"];
 
 impl Census {
     /// Counts everything in `scope`.
@@ -229,14 +230,16 @@ fn nftables(scope: &Scope, free: &BTreeSet<String>, found: &mut BTreeSet<Thing>)
             if let Some(fields) = value.as_object_mut() {
                 fields.remove("handle"); // a rule that was taken away and put back is the same rule
             }
-            if let Some(elements) = value["elem"].as_array().cloned() {
-                for element in elements {
-                    let text = element.to_string();
-                    // What a warm slot may send is part of the slot.
-                    let of_free_slot = if free.iter().any(|tap| text.contains(tap)) { " (free)" } else { "" };
+            let elements = value.as_object_mut().and_then(|fields| fields.remove("elem"));
+            // Which interfaces lead out of the host, or deeper into it, is the host's and no VM's.
+            let of_host = ["uplinks", "uplinks6", "inside"].iter().any(|set| value["name"] == *set);
+            for element in elements.as_ref().and_then(|e| e.as_array()).into_iter().flatten() {
+                let text = element.to_string();
+                // What a warm slot may send is part of the slot.
+                let of_free_slot = if free.iter().any(|tap| text.contains(tap)) { " (free)" } else { "" };
+                if !of_host {
                     put(found, Kind::Nftables, format!("element of {}: {text}{of_free_slot}", value["name"]));
                 }
-                value["elem"] = serde_json::Value::Null;
             }
             put(found, Kind::Nftables, format!("{kind} {value}"));
         }

@@ -1,4 +1,5 @@
 //! The services that an image declares: a VM is ready when they are up, and one that does not come up is named.
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a helper that fails is a failed test")]
 
 use bothy_contract::Service;
 use bothy_e2e::{host::Host, images};
