@@ -161,6 +161,8 @@ fn guests_are_apart_and_the_outside_is_asked_for() {
 
     drop(service);
     host.bothy(["vm", "delete", "one", "two", "--force"]).ok();
+    // The test's own, and so not bothy's to take away.
+    host.run_bash("ip link delete up0").ok();
     host.finish();
 }
 
