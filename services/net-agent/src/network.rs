@@ -146,7 +146,7 @@ impl Network {
 
     /// What `vm` may reach, from now on.
     pub async fn set_egress(&self, vm: VmId, egress: Egress) -> Result<(), Error> {
-        let egress = egress::checked(egress)?;
+        let egress = egress.checked()?;
         self.whole(move |net| async move { net.0.set_egress(vm, egress).await }).await
     }
 

@@ -10,7 +10,7 @@
 
 use bothy_contract::{Code, Error, net::Publish};
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     io,
     net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, PoisonError},
@@ -27,9 +27,6 @@ const MAX_CONNECTIONS: usize = 1024;
 
 /// How long a guest may take to accept.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// How many ports a VM may publish.
-const MAX_PORTS: usize = 256;
 
 /// The listening sockets of all slots.
 #[derive(Debug, Default)]
@@ -56,7 +53,7 @@ impl Publisher {
     /// `already_exists`, with nothing changed, where somebody listens at one of them; `invalid_argument` for a list that
     /// contradicts itself.
     pub fn set(&self, slot: u32, guest: IpAddr, ports: &[Publish]) -> Result<(), Error> {
-        check(ports)?;
+        Publish::check(ports)?;
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let holder = |listen: SocketAddr| {
             let holds = |open: &Open| overlap(open.publish.listen, listen);
@@ -121,25 +118,6 @@ impl Publisher {
     }
 }
 
-fn check(ports: &[Publish]) -> Result<(), Error> {
-    if ports.len() > MAX_PORTS {
-        return Err(Error::invalid(format!("{} published ports; a VM can have {MAX_PORTS}", ports.len())));
-    }
-    let mut seen = BTreeSet::new();
-    for publish in ports {
-        if publish.listen.port() == 0 || publish.guest_port == 0 {
-            return Err(Error::invalid(format!(
-                "{} to port {}: 0 is no port",
-                publish.listen, publish.guest_port
-            )));
-        }
-        if !seen.insert(publish.listen) {
-            return Err(Error::invalid(format!("{} is published twice", publish.listen)));
-        }
-    }
-    Ok(())
-}
-
 /// Whether two sockets cannot both listen there.
 fn overlap(a: SocketAddr, b: SocketAddr) -> bool {
     let any = a.ip().is_unspecified() || b.ip().is_unspecified();
@@ -156,7 +134,7 @@ fn refused(at: SocketAddr, holder: Option<u32>, error: &io::Error) -> Error {
     match (error.kind(), holder) {
         (io::ErrorKind::AddrInUse, Some(slot)) => {
             Error::new(Code::AlreadyExists, format!("{at} is published by the VM in slot {slot}"))
-                .hint("choose another port of the host")
+                .hint("choose another port of the host; `bothy vm show` says what each VM publishes")
         }
         (io::ErrorKind::AddrInUse, None) => {
             Error::new(Code::AlreadyExists, format!("a process of this host listens at {at}"))

@@ -6,9 +6,9 @@ use bothy_contract::{
     Error,
     methods::{
         NetEgressSet, NetEgressShow, NetHostShow, NetHostTeardown, NetLeaseAcquire, NetLeaseList,
-        NetLeaseRelease, NetNameSet, NetNameUnset, NetNatSet, NetPortsPublish,
+        NetLeaseRelease, NetNameSet, NetNameUnset, NetPortsPublish,
     },
-    net::{Done, Egress},
+    net::Done,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -37,12 +37,6 @@ pub async fn run(
     let server = server.serve::<NetLeaseRelease, _, _>(move |_, request| {
         let net = net.clone();
         async move { net.release(request.vm).await.map(|()| Done {}) }
-    });
-    let net = network.clone();
-    let server = server.serve::<NetNatSet, _, _>(move |_, request| {
-        let net = net.clone();
-        let egress = if request.enabled { Egress::Open } else { Egress::None };
-        async move { net.set_egress(request.vm, egress).await.map(|()| Done {}) }
     });
     let net = network.clone();
     let server = server.serve::<NetEgressSet, _, _>(move |_, request| {

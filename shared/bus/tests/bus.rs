@@ -4,8 +4,8 @@
 use bothy_bus::{CallOptions, Client, Server, testing::TestBus};
 use bothy_contract::{
     Code, Error, Method, OpId, RequestId, Service, VmId,
-    methods::{NetHostShow, NetLeaseRelease, NetNatSet, VmShow, VmStop},
-    net::{Done, GetNetHost, NetHost, ReleaseLease, SetNat},
+    methods::{NetEgressSet, NetHostShow, NetLeaseRelease, VmShow, VmStop},
+    net::{Done, Egress, GetNetHost, NetHost, ReleaseLease, SetEgress},
     op::{OpEvent, OpEventKind, OpState},
 };
 use futures::StreamExt;
@@ -100,7 +100,7 @@ async fn errors_and_panics_are_answered_and_the_service_goes_on() {
     let bus = TestBus::start();
     let net = client(&bus, Service::Net).await;
     let server = Server::new(net, 8)
-        .serve::<NetNatSet, _, _>(|_, _| async { Err(Error::not_found("no such lease").hint("look")) })
+        .serve::<NetEgressSet, _, _>(|_, _| async { Err(Error::not_found("no such lease").hint("look")) })
         .serve::<NetLeaseRelease, _, _>(|_, _| async { panic!("what a pity") })
         .serve::<NetHostShow, _, _>(|context, _: GetNetHost| async move {
             assert_eq!(context.caller, Service::Gateway);
@@ -108,9 +108,9 @@ async fn errors_and_panics_are_answered_and_the_service_goes_on() {
         });
     let running = run(server).await;
     let vm = client(&bus, Service::Vm).await;
-    let set = SetNat { vm: VmId::new(), enabled: true };
+    let set = SetEgress { vm: VmId::new(), egress: Egress::Open };
     for _ in 0..2 {
-        let error = vm.call::<NetNatSet>(&set).await.unwrap_err();
+        let error = vm.call::<NetEgressSet>(&set).await.unwrap_err();
         assert_eq!(error, Error::not_found("no such lease").hint("look"));
         let error = vm.call::<NetLeaseRelease>(&release()).await.unwrap_err();
         assert_eq!(error.code, Code::Internal);
@@ -183,7 +183,7 @@ async fn a_slow_request_does_not_hold_up_others() {
     let bus = TestBus::start();
     let (count, gate) = (Arc::new(AtomicUsize::new(0)), Arc::new(Notify::new()));
     let server = counting(client(&bus, Service::Net).await, &count, Some(Arc::clone(&gate)))
-        .serve::<NetNatSet, _, _>(|_, _| async { Err(Error::invalid("at once")) });
+        .serve::<NetEgressSet, _, _>(|_, _| async { Err(Error::invalid("at once")) });
     let running = run(server).await;
     let vm = client(&bus, Service::Vm).await;
     let slow = tokio::spawn({
@@ -193,8 +193,8 @@ async fn a_slow_request_does_not_hold_up_others() {
     while count.load(Ordering::SeqCst) == 0 {
         tokio::task::yield_now().await;
     }
-    let set = SetNat { vm: VmId::new(), enabled: true };
-    assert_eq!(vm.call::<NetNatSet>(&set).await.unwrap_err().message, "at once");
+    let set = SetEgress { vm: VmId::new(), egress: Egress::Open };
+    assert_eq!(vm.call::<NetEgressSet>(&set).await.unwrap_err().message, "at once");
     // A server that stops lets it finish.
     running.stop.cancel();
     gate.notify_one();

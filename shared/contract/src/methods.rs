@@ -10,7 +10,7 @@ use crate::{
     },
     net::{
         AcquireLease, Done, EgressReport, GetEgress, GetNetHost, Lease, LeaseList, ListLeases, NameVm,
-        NetHost, PublishPorts, ReleaseLease, SetEgress, SetNat, TeardownNet, UnnameVm,
+        NetHost, PublishPorts, ReleaseLease, SetEgress, TeardownNet, UnnameVm,
     },
     op::{Begun, OpList, OpRecord, OpRef},
     usage::{GetVmStats, PortList, VmStatsList},
@@ -149,8 +149,6 @@ methods! {
     NetLeaseRelease = Net.lease.release(ReleaseLease) -> Done, changes, by [Vm], within 10 s;
     /// Lists all places.
     NetLeaseList = Net.lease.list(ListLeases) -> LeaseList, reads, by [Vm, Gateway], within 5 s;
-    /// Turns NAT on or off.
-    NetNatSet = Net.nat.set(SetNat) -> Done, changes, by [Vm], within 10 s;
     /// Changes what a VM may reach.
     NetEgressSet = Net.egress.set(SetEgress) -> Done, changes, by [Vm], within 10 s;
     /// What a VM may reach, has reached and was denied.

@@ -11,6 +11,8 @@ use std::{
     str::FromStr,
 };
 
+/// How many ports a VM may publish.
+const MAX_PORTS: usize = 256;
 /// How many names a policy may have, and how long each may be (RFC 1035).
 const MAX_NAMES: usize = 256;
 const MAX_NAME: usize = 253;
@@ -144,11 +146,17 @@ pub struct Publish {
 }
 
 impl Publish {
-    /// Whether a VM can publish all of `ports`: no port is 0, and no two are at one address.
+    /// Whether a VM can publish all of `ports`: not too many, no port is 0, and no two are at one address.
     ///
     /// # Errors
     /// [`crate::Code::InvalidArgument`] where it cannot.
     pub fn check(ports: &[Self]) -> Result<(), Error> {
+        if ports.len() > MAX_PORTS {
+            return Err(Error::invalid(format!(
+                "{} published ports; a VM can have {MAX_PORTS}",
+                ports.len()
+            )));
+        }
         let mut seen = BTreeSet::new();
         for publish in ports {
             if publish.listen.port() == 0 || publish.guest_port == 0 {
@@ -226,15 +234,6 @@ impl AcquireLease {
 pub struct ReleaseLease {
     /// The VM.
     pub vm: VmId,
-}
-
-/// Turns NAT for a VM on or off, at once.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SetNat {
-    /// The VM.
-    pub vm: VmId,
-    /// On or off.
-    pub enabled: bool,
 }
 
 /// Changes what a VM may reach, at once. Connections to what it may not reach any more end.

@@ -8,16 +8,7 @@ use bothy_contract::{
     net::{AcquireLease, Allowed, Denied, Egress, EgressReport},
 };
 use jiff::{Timestamp, ToSpan};
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
-    sync::atomic::Ordering,
-    time::Duration,
-};
-
-/// How many names a policy may have, and how long each may be (RFC 1035).
-const MAX_NAMES: usize = 256;
-const MAX_NAME: usize = 253;
+use std::{collections::BTreeMap, net::IpAddr, sync::atomic::Ordering, time::Duration};
 
 /// How many denied names are kept for a VM; beyond, the one that was asked for longest ago goes.
 const MAX_DENIED: usize = 256;
@@ -53,43 +44,11 @@ impl Denials {
     }
 }
 
-/// The policy in one form: names in lower case, without a dot at the end, each once.
-///
-/// # Errors
-/// `invalid_argument` for names that are none, and for `*` alone.
-pub fn checked(egress: Egress) -> Result<Egress, Error> {
-    let Egress::Allow { names } = egress else { return Ok(egress) };
-    if names.len() > MAX_NAMES {
-        return Err(Error::invalid(format!("{} names; a policy can have {MAX_NAMES}", names.len())));
-    }
-    let mut plain = BTreeSet::new();
-    for name in names {
-        let lower = name.to_ascii_lowercase();
-        let lower = lower.strip_suffix('.').unwrap_or(&lower);
-        let rest = lower.strip_prefix("*.").unwrap_or(lower);
-        let label = |l: &str| {
-            (1..=63).contains(&l.len())
-                && l.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
-                && !l.starts_with('-')
-                && !l.ends_with('-')
-        };
-        if lower == "*" {
-            return Err(Error::invalid("`*` is every name").hint("use the policy `open` for that"));
-        }
-        if rest.len() > MAX_NAME || !rest.split('.').all(label) || rest.parse::<IpAddr>().is_ok() {
-            return Err(Error::invalid(format!("`{name}` is no name to allow"))
-                .hint("write `crates.io` for one name, `*.crates.io` for all names below it"));
-        }
-        plain.insert(lower.to_owned());
-    }
-    Ok(Egress::Allow { names: plain.into_iter().collect() })
-}
-
 /// What a request for a lease wants, where the lease has `known`: its own word, else NAT as asked for; names stay unless
 /// something else is said.
 pub fn wanted(request: &AcquireLease, known: Option<&Egress>) -> Result<Egress, Error> {
     match (&request.egress, request.nat, known) {
-        (Some(egress), _, _) => checked(egress.clone()),
+        (Some(egress), _, _) => egress.clone().checked(),
         (None, true, _) => Ok(Egress::Open),
         (None, false, Some(names @ Egress::Allow { .. })) => Ok(names.clone()),
         (None, false, _) => Ok(Egress::None),
@@ -201,10 +160,10 @@ mod tests {
 
     #[test]
     fn names_are_checked_and_written_one_way() {
-        let good = checked(allow(&["Crates.IO.", "*.crates.io", "crates.io", "_dns.a-b.c"])).unwrap();
+        let good = allow(&["Crates.IO.", "*.crates.io", "crates.io", "_dns.a-b.c"]).checked().unwrap();
         assert_eq!(good, allow(&["*.crates.io", "_dns.a-b.c", "crates.io"]));
         for bad in ["", "*", "a..b", "*.*.a", "a.*", "-a.b", "a b", "10.0.0.1", "a/b", &"a".repeat(64)] {
-            assert!(checked(allow(&[bad])).is_err(), "{bad:?}");
+            assert!(allow(&[bad]).checked().is_err(), "{bad:?}");
         }
     }
 

@@ -6,11 +6,11 @@ use bothy_contract::{
     Code, Error, Service, VmId,
     methods::{
         NetEgressSet, NetEgressShow, NetHostShow, NetHostTeardown, NetLeaseAcquire, NetLeaseList,
-        NetLeaseRelease, NetNameSet, NetNameUnset, NetNatSet, NetPortsPublish,
+        NetLeaseRelease, NetNameSet, NetNameUnset, NetPortsPublish,
     },
     net::{
         AcquireLease, Egress, GetEgress, GetNetHost, Lease, ListLeases, NameVm, Publish, PublishPorts,
-        ReleaseLease, SetEgress, SetNat, TeardownNet, UnnameVm,
+        ReleaseLease, SetEgress, TeardownNet, UnnameVm,
     },
 };
 use bothy_net_agent::tun;
@@ -74,7 +74,7 @@ fn agents_come_and_go_under_their_leases() {
 
         let mut second = start(ns, file);
         assert_eq!(leased(&gateway).await, 1);
-        vm_agent.call::<NetNatSet>(&SetNat { vm, enabled: true }).await.unwrap();
+        vm_agent.call::<NetEgressSet>(&SetEgress { vm, egress: Egress::Open }).await.unwrap();
         second.signal(Signal::SIGKILL);
         drop(second);
 
