@@ -139,9 +139,9 @@ impl Recipe {
             ..self.personality.clone()
         };
         guest.personalise(personality).await.map_err(io::Error::other)?;
-        let wait = v1::WaitPortRequest { port: 22, timeout_ms: 120_000 };
-        let reply = guest.wait_port(wait).await.map_err(io::Error::other)?.into_inner();
-        if !reply.open {
+        let wait = v1::WaitServiceRequest { port: 22, timeout_ms: 120_000, ..Default::default() };
+        let reply = guest.wait_service(wait).await.map_err(io::Error::other)?.into_inner();
+        if !reply.ready {
             return Err(io::Error::other("sshd did not come up"));
         }
         Ok(Times { agent, ready: start.elapsed() })

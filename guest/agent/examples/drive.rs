@@ -14,7 +14,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use bothy_channel::host::Connector;
 use bothy_guest_proto::v1::{
     ExecInput, ExecStart, HealthRequest, Nic, PersonaliseRequest, ShutdownRequest, TimelineRequest,
-    WaitPortRequest, exec_input::Input, exec_output::Output,
+    WaitServiceRequest, exec_input::Input, exec_output::Output,
 };
 use bothy_guest_proto::{BULK_PORT, CONTROL_PORT, client};
 use tokio::net::UnixListener;
@@ -56,7 +56,11 @@ async fn main() {
     say("and again");
     let port = args[3].parse().unwrap();
     if port != 0 {
-        let reply = short.wait_port(WaitPortRequest { port, timeout_ms: 60_000 }).await.unwrap().into_inner();
+        let reply = short
+            .wait_service(WaitServiceRequest { port, timeout_ms: 60_000, ..Default::default() })
+            .await
+            .unwrap()
+            .into_inner();
         say(&format!("port {port}: {reply:?}"));
     }
     let mut long = client(bulk.open(BULK_PORT).await.unwrap()).await.unwrap();

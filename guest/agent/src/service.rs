@@ -316,13 +316,6 @@ impl guest_server::Guest for Guest {
         Ok(Response::new(v1::WaitServiceReply { ready, waited_us, why, log }))
     }
 
-    async fn wait_port(&self, request: Request<v1::WaitPortRequest>) -> Reply<v1::WaitPortReply> {
-        let v1::WaitPortRequest { port: number, timeout_ms } = request.into_inner();
-        let began = now_us();
-        let open = ports::wait(port(number)?, self.known().address, Duration::from_millis(timeout_ms)).await;
-        Ok(Response::new(v1::WaitPortReply { open, waited_us: now_us().saturating_sub(began) }))
-    }
-
     type ForwardStream = ReceiverStream<Result<v1::ForwardChunk, Status>>;
 
     async fn forward(&self, request: Request<Streaming<v1::ForwardChunk>>) -> Reply<Self::ForwardStream> {

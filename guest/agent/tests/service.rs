@@ -402,8 +402,8 @@ async fn files_ports_and_forwarding() {
     let port = u32::from(listener.local_addr().unwrap().port());
     let listed = agent.ports(v1::PortsRequest {}).await.unwrap().into_inner().ports;
     assert!(listed.iter().any(|found| found.port == port && found.pid == std::process::id()));
-    let waited = agent.wait_port(v1::WaitPortRequest { port, timeout_ms: 5000 }).await.unwrap().into_inner();
-    assert!(waited.open);
+    let wait = v1::WaitServiceRequest { port, timeout_ms: 5000, ..Default::default() };
+    assert!(agent.wait_service(wait).await.unwrap().into_inner().ready);
     // The connection that the wait made.
     listener.accept().await.unwrap();
     tokio::spawn(async move {
@@ -422,7 +422,8 @@ async fn files_ports_and_forwarding() {
     let closed =
         agent.forward(tokio_stream::once(v1::ForwardChunk { port, data: vec![] })).await.unwrap_err();
     assert_eq!(closed.code(), tonic::Code::Unavailable);
-    let nonsense = agent.wait_port(v1::WaitPortRequest { port: 70_000, timeout_ms: 1 }).await.unwrap_err();
+    let nonsense = v1::WaitServiceRequest { port: 70_000, timeout_ms: 1, ..Default::default() };
+    let nonsense = agent.wait_service(nonsense).await.unwrap_err();
     assert_eq!(nonsense.code(), tonic::Code::InvalidArgument);
 }
 
