@@ -50,5 +50,6 @@ async fn a_hundred_mebibytes_arrive_whole_in_order_and_pass_through_little_memor
     }
     assert_eq!((lines, rest.len(), status), (LINES, 0, Some(0)));
     // Windows of 1 MiB per stream and 4 MiB per connection, on both sides, and what the allocator keeps.
-    assert!(peak() - before < 32 << 10, "{before} KiB grew to {} KiB", peak());
+    // The kernel sums up each thread's share now and then only, so that a later reading may be a little less.
+    assert!(peak().saturating_sub(before) < 32 << 10, "{before} KiB grew to {} KiB", peak());
 }
