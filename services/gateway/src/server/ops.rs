@@ -13,9 +13,12 @@ use bothy_contract::{
     methods::{ImageOpCancel, ImageOpList, ImageOpShow, VmOpCancel, VmOpList, VmOpShow},
     op::{OpEventKind, OpList, OpRecord, OpRef},
 };
-use futures::{Stream, StreamExt};
+use futures::{
+    Stream, StreamExt,
+    future::{Either, select},
+};
 use serde::Deserialize;
-use std::time::Duration;
+use std::{pin::pin, time::Duration};
 
 /// How often a quiet event stream says that it is alive.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
@@ -54,16 +57,20 @@ async fn find(gateway: &Gateway, peer: &Peer, text: &str) -> Result<OpRecord, Er
     };
     let op: OpId = text.parse().map_err(|_| missing())?;
     let request = OpRef { op };
-    let (vm, image) = tokio::join!(gateway.call::<VmOpShow>(&request), gateway.call::<ImageOpShow>(&request));
-    let found = match (vm, image) {
-        (Ok(op), _) | (_, Ok(op)) => op,
-        (Err(e), other) | (other, Err(e)) if e.code == Code::NotFound => match other {
-            Err(e) if e.code != Code::NotFound => return Err(e),
-            _ => return Err(missing()),
-        },
-        (Err(e), _) => return Err(e),
+    let (vm, image) = (pin!(gateway.call::<VmOpShow>(&request)), pin!(gateway.call::<ImageOpShow>(&request)));
+    // The first that has it: a service that hangs keeps nobody from another's operations.
+    let found = match select(vm, image).await {
+        Either::Left((Ok(op), _)) | Either::Right((Ok(op), _)) => Ok(op),
+        Either::Left((Err(e), other)) => other.await.map_err(|also| graver(e, also)),
+        Either::Right((Err(e), other)) => other.await.map_err(|also| graver(e, also)),
     };
+    let found = found.map_err(|e| if e.code == Code::NotFound { missing() } else { e })?;
     if peer.owns(found.owner) { Ok(found) } else { Err(missing()) }
+}
+
+/// The one that says more than that there is no such operation.
+fn graver(a: Error, b: Error) -> Error {
+    if a.code == Code::NotFound { b } else { a }
 }
 
 pub(crate) async fn show(
