@@ -138,6 +138,9 @@ async fn services(context: &Context) -> (Vec<Check>, Option<HostReport>) {
         ));
     }
     if let Some(vm) = &report.vm {
+        let driver = format!("{} {}: {}", vm.driver, vm.vmm_version, vm.driver_reason);
+        checks.push(check("driver", Verdict::Ok, driver, None));
+        checks.push(check("limits", Verdict::Ok, vm.limits.clone(), None));
         let found = format!("{} with {}: {}", vm.driver, vm.accelerator, vm.accelerator_reason);
         // `auto` is decided by the first VM: nothing to warn of yet.
         checks.push(if vm.accelerator != "tcg" {
