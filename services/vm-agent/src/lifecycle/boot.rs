@@ -27,6 +27,7 @@ use bothy_vm_agent::host::cgroup::Bounds;
 use bothy_vm_agent::vmm::{
     Accel, LaunchSpec, VmPlan,
     holder::Holder,
+    liveness::{self, Liveness},
     wire::{self, HolderHandle},
 };
 use serde::{Deserialize, Serialize};
@@ -231,7 +232,10 @@ async fn launch(
     // A crash may have come after the launch, or while it was under way: then the holder says so itself, once it is done.
     let holder = Placed { lease: lease.clone() }.holder(&agent.config, vm);
     let quiet = holder.quiet().await?;
-    let there = holder.status().await.ok().map(|s| s.handle).filter(|h| h.vmm.is_alive());
+    let there = match liveness::look(&holder, None).await {
+        Liveness::Alive(status) => Some(status.handle),
+        _ => None,
+    };
     drop(quiet);
     let (handle, started) = match there {
         Some(handle) => (handle, None),

@@ -201,12 +201,6 @@ impl Holder {
         }
     }
 
-    /// Whether the holder that `handle` names lives and keeps a running VMM. What a restarted agent asks before it believes
-    /// its records; [`liveness::look`] says more.
-    pub async fn is_alive(&self, handle: &HolderHandle) -> bool {
-        matches!(liveness::look(self, Some(handle)).await, Liveness::Alive(_))
-    }
-
     /// Waits until the process is gone. It need not be a child (pidfd_open(2)).
     ///
     /// # Errors

@@ -16,7 +16,7 @@ pub mod qemu;
 pub mod wire;
 
 use bothy_contract::{Error, VmId};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 pub use choice::{Choice, Host, choose, driver_of};
 pub use firecracker::Firecracker;
@@ -147,4 +147,11 @@ pub trait Driver: Send + Sync + std::fmt::Debug {
     fn run_state(&self) -> Verb;
     /// What the answer to [`Driver::run_state`] says; `None` where the guest neither runs nor waits to.
     fn read_run_state(&self, answer: &serde_json::Value) -> Option<RunState>;
+}
+
+/// A path as an argument of a VMM.
+fn text(path: &Path) -> Result<String, Error> {
+    path.to_str()
+        .map(str::to_owned)
+        .ok_or_else(|| Error::invalid(format!("path {} is not UTF-8", path.display())))
 }

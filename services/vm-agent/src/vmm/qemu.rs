@@ -1,6 +1,6 @@
 //! QEMU's microvm machine: the command line as a pure function of the plan. For QEMU 7.2 and newer.
 
-use super::{Accel, Capabilities, Driver, LaunchSpec, RunState, Verb, VmPlan, wire};
+use super::{Accel, Capabilities, Driver, LaunchSpec, RunState, Verb, VmPlan, text, wire};
 use bothy_contract::{Code, Error};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -119,12 +119,6 @@ pub(crate) fn machine(program: &Path, accel: Accel) -> Result<Vec<String>, Error
         .map(str::to_owned),
     );
     Ok(argv)
-}
-
-fn text(path: &Path) -> Result<String, Error> {
-    path.to_str()
-        .map(str::to_owned)
-        .ok_or_else(|| Error::invalid(format!("path {} is not UTF-8", path.display())))
 }
 
 /// A path as a value within `key=value,...`: QEMU takes a doubled comma for a comma.

@@ -12,7 +12,7 @@ pub mod client;
 mod version;
 
 use super::{
-    Accel, Capabilities, Driver, LaunchSpec, RunState, Verb, VmPlan,
+    Accel, Capabilities, Driver, LaunchSpec, RunState, Verb, VmPlan, text,
     wire::{self, Monitor},
 };
 use api::{
@@ -224,12 +224,6 @@ impl Driver for Firecracker {
             _ => None,
         }
     }
-}
-
-fn text(path: &Path) -> Result<String, Error> {
-    path.to_str()
-        .map(str::to_owned)
-        .ok_or_else(|| Error::invalid(format!("path {} is not UTF-8", path.display())))
 }
 
 #[cfg(test)]
