@@ -433,6 +433,7 @@ impl Host {
             Kind::Mount,
             Kind::LoopDevice,
             Kind::Socket,
+            Kind::Cgroup,
         ];
         let left: Vec<String> = self.census().of(&kinds).iter().map(ToString::to_string).collect();
         assert!(left.is_empty(), "left after `host down`:\n{}\n{}", left.join("\n"), self.logs());

@@ -52,6 +52,8 @@ pub enum Kind {
     Mount,
     /// A loop device whose file is below the directories.
     LoopDevice,
+    /// A control group of a VM that this host has ever had.
+    Cgroup,
     /// A bound unix socket below the directories.
     Socket,
     /// A file of a VM, or a temporary one.
@@ -86,6 +88,7 @@ impl Census {
         nftables(scope, &free, &mut found)?;
         mounts(scope, &mut found)?;
         loop_devices(scope, &mut found)?;
+        cgroups(scope, &mut found)?;
         for dir in [&scope.state_dir, &scope.run_dir] {
             files(scope, dir, &mut found)?;
         }
@@ -264,6 +267,26 @@ fn loop_devices(scope: &Scope, found: &mut BTreeSet<Thing>) -> Result<(), Census
             && below(Path::new(file.trim_end()), scope)
         {
             put(found, Kind::LoopDevice, format!("{} on {}", dir.display(), file.trim_end()));
+        }
+    }
+    Ok(())
+}
+
+/// The groups are below this process' own, as the agent's is; those of other hosts are there too.
+fn cgroups(scope: &Scope, found: &mut BTreeSet<Thing>) -> Result<(), CensusError> {
+    let path = scope.state_dir.join("vm-agent/vm.db");
+    let mounts = fs_err::read_to_string("/proc/self/mountinfo")?;
+    let mount = mounts.lines().find(|line| line.contains(" - cgroup2 ")).and_then(|l| l.split(' ').nth(4));
+    let own = fs_err::read_to_string("/proc/self/cgroup")?;
+    let own = own.lines().find_map(|line| line.strip_prefix("0::/"));
+    let (Some(mount), Some(own), true) = (mount, own, path.exists()) else { return Ok(()) };
+    let wrap = |source| CensusError::Database { path: path.clone(), source };
+    let db = open(&path)?;
+    let mut vms = db.prepare("SELECT DISTINCT vm FROM op WHERE vm IS NOT NULL").map_err(wrap)?;
+    for vm in vms.query_map([], |row| row.get::<_, String>(0)).map_err(wrap)? {
+        let group = Path::new(mount).join(own).join(format!("bothy-vm-{}", vm.map_err(wrap)?));
+        if group.exists() {
+            put(found, Kind::Cgroup, group.display().to_string());
         }
     }
     Ok(())

@@ -5,7 +5,10 @@ use bothy_e2e::{
     leak::{Kind, Thing},
 };
 use bothy_testkit::{ChildGuard, require_root};
-use std::process::Command;
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 fn run(host: &Host, program: &str, args: &[&str]) {
     let mut command = Command::new(program);
@@ -23,6 +26,18 @@ fn found(host: &Host, kind: Kind, what: &str) {
         host.leaks().iter().any(is_it)
     });
     assert!(seen, "{kind:?} {what} not in {:#?}", host.leaks());
+}
+
+/// This process' own group in version 2's hierarchy, where groups can be made in it.
+fn own_cgroup() -> Option<PathBuf> {
+    let mounts = fs_err::read_to_string("/proc/self/mountinfo").ok()?;
+    let mount = mounts.lines().find(|l| l.contains(" - cgroup2 "))?.split(' ').nth(4)?;
+    let own = fs_err::read_to_string("/proc/self/cgroup").ok()?;
+    let group = Path::new(mount).join(own.lines().find_map(|l| l.strip_prefix("0::/"))?);
+    let probe = group.join(format!("planted-{}", std::process::id()));
+    fs_err::create_dir(&probe).ok()?;
+    fs_err::remove_dir(&probe).ok()?;
+    Some(group)
 }
 
 #[test]
@@ -73,6 +88,17 @@ fn planted_leaks_of_each_kind_are_found() {
     found(&host, Kind::Socket, "planted.sock");
     drop(listener);
     fs_err::remove_file(&socket).unwrap();
+
+    // Without an image the create fails, and its VM is one that this host has had.
+    host.bothy(["vm", "create", "--name", "planted"]);
+    let ops = host.bothy(["op", "list", "--json"]).json();
+    let vm: bothy_contract::VmId = serde_json::from_value(ops[0]["vm"].clone()).unwrap();
+    if let Some(group) = own_cgroup() {
+        let group = group.join(format!("bothy-vm-{vm}"));
+        fs_err::create_dir(&group).unwrap();
+        found(&host, Kind::Cgroup, &vm.to_string());
+        fs_err::remove_dir(&group).unwrap();
+    }
 
     for (database, insert) in [("vm-agent/vm.db", "vm"), ("net-agent/net.db", "lease")] {
         let db = rusqlite::Connection::open(state.join(database)).unwrap();

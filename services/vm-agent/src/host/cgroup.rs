@@ -129,21 +129,6 @@ impl Cgroups {
             tokio::time::sleep(PAUSE).await;
         }
     }
-
-    /// The VMs that have a group.
-    ///
-    /// # Errors
-    /// The hierarchy cannot be read.
-    pub fn list(&self) -> Result<Vec<VmId>, Error> {
-        let failed = |e: io::Error| Error::internal("cannot list the VMs' cgroups", &e);
-        let mut vms = Vec::new();
-        for entry in fs_err::read_dir(&self.parent).map_err(failed)? {
-            let name = entry.map_err(failed)?.file_name();
-            vms.extend(name.to_str().and_then(|n| n.strip_prefix(PREFIX)?.parse::<VmId>().ok()));
-        }
-        vms.sort();
-        Ok(vms)
-    }
 }
 
 fn make_dir(path: &Path) -> io::Result<()> {
@@ -248,14 +233,14 @@ mod tests {
         let bounds = Bounds::of(&Shape::default(), Accel::Tcg);
         groups.create(vm, &bounds).unwrap();
         let procs = groups.create(vm, &bounds).unwrap();
-        assert!(groups.list().unwrap().contains(&vm));
+        assert!(groups.group(vm).exists());
         let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
         fs_err::write(&procs, child.id().to_string()).unwrap();
         assert_eq!(fs_err::read_to_string(&procs).unwrap().trim(), child.id().to_string());
         let ended = tokio::task::spawn_blocking(move || child.wait().unwrap());
         groups.remove(vm).await.unwrap();
         assert!(!ended.await.unwrap().success(), "it was killed");
-        assert!(!groups.list().unwrap().contains(&vm));
+        assert!(!groups.group(vm).exists());
         groups.remove(vm).await.unwrap();
     }
 }

@@ -124,9 +124,9 @@ impl Sampler {
         None
     }
 
-    /// Forgets all but `vms`.
-    pub fn keep(&self, vms: impl Fn(VmId) -> bool) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|vm, _| vms(*vm));
+    /// Forgets a VM that is gone.
+    pub fn forget(&self, vm: VmId) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&vm);
     }
 }
 
@@ -181,7 +181,7 @@ mod tests {
         );
         assert_eq!(sampler.percent_at(vm, Duration::from_secs(5), at(4.0)), Some(150.0));
         assert_eq!(sampler.percent_at(vm, Duration::from_secs(1), at(5.0)), None, "another process");
-        sampler.keep(|_| false);
+        sampler.forget(vm);
         assert_eq!(sampler.percent_at(vm, Duration::from_secs(9), at(9.0)), None);
     }
 }

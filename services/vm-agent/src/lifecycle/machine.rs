@@ -16,13 +16,18 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::timeout,
+};
 use tracing::{Instrument, Span};
 
 /// Requests that wait for one VM; more are refused.
 const QUEUE: usize = 16;
 /// How long the guest of an unused VM may take to power off, in milliseconds.
 const IDLE_GRACE_MS: u64 = 10_000;
+/// How long an adopted guest may take to tell its boot id.
+const BOOT_ID: Duration = Duration::from_secs(60);
 /// The pause after something failed that should not.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -128,13 +133,14 @@ impl Machine {
                     None => break,
                 },
                 why = self.idle(&row) => self.stop_idle(&row, why).await,
-                ended = gone(handle) => self.note_exit(ended).await,
+                ended = gone(handle) => self.note_exit(&row, ended).await,
                 () = self.ended(row.facts.busy) => {}
                 boot_id = self.boot_id(&row) => self.note_boot_id(boot_id).await,
             }
         }
         self.agent.machines.map().remove(&self.vm);
         self.agent.activity.forget(self.vm);
+        self.agent.sampler.forget(self.vm);
     }
 
     /// Begins an operation, if the row allows it at that moment.
@@ -144,8 +150,12 @@ impl Machine {
         let host = self.agent.clone();
         self.ops
             .begin(new, move |tx, op| {
-                if let Ask::Start { force: false, .. } = &ask {
-                    host.admit(tx, vm, store::get(tx, vm)?.facts.shape.memory_mib)?;
+                // A restart of a running VM gives its memory back first.
+                let row = store::get(tx, vm)?;
+                if let Ask::Start { force: false, .. } | Ask::Restart { .. } = &ask
+                    && row.phase.live().is_none()
+                {
+                    host.admit(tx, vm, row.facts.shape.memory_mib)?;
                 }
                 store::update(tx, vm, |row| ask.grant(row, op.id))
             })
@@ -185,8 +195,12 @@ impl Machine {
     async fn boot_id(&self, row: &Vm) -> String {
         match row.phase.live() {
             Some(live) if row.facts.busy.is_none() && live.vmm.boot_id.is_none() => {
-                let answer = live.guest(&self.agent.config, self.vm).first_answer().await;
-                boot::boot_id(&answer)
+                let guest = live.guest(&self.agent.config, self.vm);
+                match timeout(BOOT_ID, guest.first_answer()).await {
+                    Ok(answer) => boot::boot_id(&answer),
+                    // It is asked again when something else happens to it.
+                    Err(_) => std::future::pending().await,
+                }
             }
             _ => std::future::pending().await,
         }
@@ -199,32 +213,24 @@ impl Machine {
         }
     }
 
-    async fn note_exit(&self, ended: Result<HolderHandle, Error>) {
-        let noted = match ended {
-            Ok(handle) => {
-                // The holder ends once the exit record is on disk.
-                drop(tokio::time::timeout(super::HOLDER_END, Holder::gone(handle.holder)).await);
-                let noted = self.agent.note_exit(self.vm, handle).await;
-                self.unpublish_dns().await;
-                noted
+    async fn note_exit(&self, row: &Vm, ended: Result<HolderHandle, Error>) {
+        let noted = async {
+            let handle = ended?;
+            // The holder ends once the exit record is on disk.
+            drop(timeout(super::HOLDER_END, Holder::gone(handle.holder)).await);
+            self.agent.note_exit(self.vm, handle).await?;
+            // An operation at work on it does the rest itself; none begins before this has returned.
+            if row.facts.busy.is_none() {
+                self.agent.try_remove_cgroup(self.vm).await;
+                if let Err(error) = self.agent.unpublish_dns(self.vm).await {
+                    tracing::warn!(%error, "the name of a VM that has ended may stay for a while");
+                }
             }
-            Err(e) => Err(e),
+            Ok::<(), Error>(())
         };
-        if let Err(error) = noted {
+        if let Err(error) = noted.await {
             tracing::error!(%error, "cannot note the end of a VMM");
             tokio::time::sleep(PAUSE).await;
-        }
-    }
-}
-
-impl Machine {
-    /// The name of a VM that has ended by itself leads nowhere. An operation at work on it does that itself.
-    async fn unpublish_dns(&self) {
-        let row = self.agent.vm(self.vm).await;
-        if row.is_ok_and(|row| row.facts.busy.is_none())
-            && let Err(error) = self.agent.unpublish_dns(self.vm).await
-        {
-            tracing::warn!(%error, "the name of a VM that has ended may stay for a while");
         }
     }
 }

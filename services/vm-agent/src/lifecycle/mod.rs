@@ -229,10 +229,7 @@ impl Agent {
     async fn remove_holder(&self, vm: VmId) -> Result<(), Error> {
         // Kept to the end: nothing may move in between the look and the removal.
         let quiet = self.quieten(vm).await?;
-        // Whoever broke out of the VMM, and runs as its user, ends here too: the next VM may have the same user.
-        if let Ok(cgroups) = &self.cgroups {
-            cgroups.remove(vm).await?;
-        }
+        self.remove_cgroup(vm).await?;
         files::remove_tree(&self.config.holder_dir(vm))?;
         quiet.map_or(Ok(()), Quiet::remove)
     }
@@ -271,6 +268,22 @@ impl Agent {
         Ok(())
     }
 
+    /// Removes the control group of `vm`, whose VMM has ended, with all that is in it: whoever broke out of the VMM, and runs
+    /// as its user, ends here too, for the next VM may have the same user. Nobody may be launching it meanwhile.
+    async fn remove_cgroup(&self, vm: VmId) -> Result<(), Error> {
+        match &self.cgroups {
+            Ok(cgroups) => cgroups.remove(vm).await,
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// The same for a VM that stays: what cannot be removed now is tried again when it is deleted.
+    async fn try_remove_cgroup(&self, vm: VmId) {
+        if let Err(error) = self.remove_cgroup(vm).await {
+            tracing::warn!(bothy.vm.id = %vm, %error, "something of a VM that has ended lives");
+        }
+    }
+
     /// Waits until a VMM and its holder are gone, for at most `limit`, and puts the exit into the row. Whether they are.
     async fn await_end(&self, vm: VmId, handle: HolderHandle, limit: Duration) -> Result<bool, Error> {
         if tokio::time::timeout(limit, Holder::gone(handle.vmm)).await.is_err() {
@@ -279,6 +292,7 @@ impl Agent {
         // A holder that hangs is no reason not to go on: the exit is then without a record.
         drop(tokio::time::timeout(HOLDER_END, Holder::gone(handle.holder)).await);
         self.note_exit(vm, handle).await?;
+        self.try_remove_cgroup(vm).await;
         Ok(true)
     }
 

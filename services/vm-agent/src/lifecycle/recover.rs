@@ -45,7 +45,11 @@ async fn look_at(agent: &Agent, row: Vm) -> Result<(), Error> {
             tracing::warn!(bothy.vm.id = %id, %name, "adopting a VM whose VMM the row did not know");
             adopt(agent, &row, found).await
         }
-        (_, Some(known)) => agent.note_exit(id, known).await,
+        (_, Some(known)) => {
+            agent.note_exit(id, known).await?;
+            agent.try_remove_cgroup(id).await;
+            Ok(())
+        }
         // A VM that is said to run, and of whose VMM nothing is known, nor found.
         (_, None) => {
             let exit = holder.exit().unwrap_or_default();
