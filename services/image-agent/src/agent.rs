@@ -31,7 +31,7 @@ impl Agent {
     /// A directory cannot be made or swept.
     pub(crate) fn open(config: &Config) -> Result<Self, Error> {
         let home = config.service_dir(Service::Image);
-        let (store, disks) = (home.join("store"), home.join("disks"));
+        let (store, disks, templates) = (home.join("store"), home.join("disks"), home.join("templates"));
         let initramfs = store.join("initramfs");
         // VMMs' users go through these to files that they know the names of; the store may be listed by everybody.
         for (dir, mode) in [
@@ -40,6 +40,7 @@ impl Agent {
             (&store.join("images"), 0o755),
             (&initramfs, 0o755),
             (&disks, 0o711),
+            (&templates, 0o700),
         ] {
             fs_err::create_dir_all(dir)
                 .and_then(|()| fs_err::set_permissions(dir, std::fs::Permissions::from_mode(mode)))
@@ -55,7 +56,7 @@ impl Agent {
         let slots = 1_u32.checked_shl(32 - u32::from(config.net.prefix)).unwrap_or(u32::MAX);
         Ok(Self {
             store: Store::new(&store),
-            disks: Disks::new(disks, config.vm.uid_base..config.vm.uid_base.saturating_add(slots)),
+            disks: Disks::new(disks, templates, config.vm.uid_base..config.vm.uid_base.saturating_add(slots)),
             initramfs: Arc::new(Initramfs::new(initramfs, config.image.guest_binary.clone())),
             recipes: config.image.recipe_dir.clone(),
             netns: config.image.build_netns.clone(),
@@ -67,6 +68,7 @@ impl Agent {
         let image = self.store.open(image)?;
         let initrd = self.initramfs.ensure(&image)?;
         let (_, kernel) = image.artifact("kernel")?;
+        let digest = image.digest();
         let manifest = image.manifest;
         Ok(BootSet {
             image: manifest.name,
@@ -75,6 +77,7 @@ impl Agent {
             init: manifest.init,
             home: manifest.home,
             wait: manifest.wait,
+            digest,
         })
     }
 

@@ -6,6 +6,7 @@
 //! keeps that one, and its page cache, when the image is built anew.
 
 mod sizes;
+mod templates;
 
 use crate::{
     clone::{How, clone},
@@ -35,6 +36,8 @@ pub(crate) const MAX_MIB: u64 = 4 << 20;
 #[derive(Debug, Clone)]
 pub(crate) struct Disks {
     dir: PathBuf,
+    /// Those of templates.
+    templates: PathBuf,
     /// The users that VMMs run as.
     uids: Range<u32>,
     /// Held while disks grow.
@@ -42,9 +45,9 @@ pub(crate) struct Disks {
 }
 
 impl Disks {
-    /// Disks below `dir` for the VMMs' users `uids`.
-    pub(crate) fn new(dir: PathBuf, uids: Range<u32>) -> Self {
-        Self { dir, uids, growing: Arc::default() }
+    /// Disks below `dir`, and those of templates below `templates`, for the VMMs' users `uids`.
+    pub(crate) fn new(dir: PathBuf, templates: PathBuf, uids: Range<u32>) -> Self {
+        Self { dir, templates, uids, growing: Arc::default() }
     }
 
     /// Makes a VM's base and system overlay ready.
@@ -245,8 +248,9 @@ mod tests {
     fn host_at(dir: tempfile::TempDir, root: PathBuf) -> Host {
         let store = Store::new(&root.join("store"));
         let image = plant(&store, "a", MIB).name;
-        let disks = Disks::new(root.join("disks"), 780_000..780_010);
+        let disks = Disks::new(root.join("disks"), root.join("templates"), 780_000..780_010);
         fs_err::create_dir(root.join("disks")).unwrap();
+        fs_err::create_dir(root.join("templates")).unwrap();
         Host { _dir: dir, root, store, disks, image }
     }
 

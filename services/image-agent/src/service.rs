@@ -8,7 +8,7 @@ use bothy_contract::{
     methods::{
         ImageBuild, ImageDisksGrow, ImageDisksList, ImageDisksRelease, ImageDisksUsage, ImageListAll,
         ImageOpCancel, ImageOpList, ImageOpShow, ImageResolve, ImageRootfsPrepare, ImageShow,
-        ImageWorkDiskPrepare,
+        ImageTemplateForget, ImageTemplateFreeze, ImageTemplateKeep, ImageWorkDiskPrepare,
     },
     net::Done,
 };
@@ -58,7 +58,19 @@ pub(crate) async fn run(
         .serve::<ImageShow, _, _>(on!(|a, ask| a.store.show(&ask.image)))
         .serve::<ImageResolve, _, _>(on!(|a, ask| a.resolve(&ask.image)))
         .serve::<ImageRootfsPrepare, _, _>(on!(|a, ask| {
-            a.disks.rootfs(&a.store, ask.vm, &ask.image, ask.uid, ask.system_mib)
+            match ask.template {
+                None => a.disks.rootfs(&a.store, ask.vm, &ask.image, ask.uid, ask.system_mib),
+                Some(template) => {
+                    a.disks.rootfs_of_template(template, ask.vm, ask.uid, ask.system_mib)
+                }
+            }
+        }))
+        .serve::<ImageTemplateFreeze, _, _>(on!(|a, ask| a.disks.freeze(ask.vm)))
+        .serve::<ImageTemplateForget, _, _>(on!(|a, ask| {
+            a.disks.forget_template(ask.template).map(|()| Done {})
+        }))
+        .serve::<ImageTemplateKeep, _, _>(on!(|a, ask| {
+            a.disks.keep_templates(&ask.templates).map(|()| Done {})
         }))
         .serve::<ImageWorkDiskPrepare, _, _>(on!(|a, ask| {
             a.disks.work(&a.store, ask.vm, &ask.image, ask.uid, ask.work_mib)

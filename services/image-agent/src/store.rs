@@ -9,6 +9,7 @@ use bothy_contract::{
     Code, Error, ImageName,
     image::{Artifact, ImageManifest},
 };
+use sha2::{Digest as _, Sha256};
 use std::{
     io,
     path::{Path, PathBuf},
@@ -48,6 +49,15 @@ impl Image {
                 unusable(&self.manifest.name, format!("its manifest has no artifact {role}"))
             })?;
         Ok((artifact, self.dir.join(&artifact.file)))
+    }
+
+    /// One digest of all its files.
+    pub(crate) fn digest(&self) -> String {
+        let mut sha = Sha256::new();
+        for (role, artifact) in &self.manifest.artifacts {
+            sha.update(format!("{role} {}\n", artifact.sha256));
+        }
+        hex::encode(sha.finalize())
     }
 }
 

@@ -119,6 +119,9 @@ pub struct BootSet {
     pub home: String,
     /// What must answer before the VM is ready.
     pub wait: Vec<WaitService>,
+    /// The digest of all the image's files: another one is another image, whatever its name.
+    #[serde(default)]
+    pub digest: String,
 }
 
 /// Makes the rootfs of a VM ready: the shared read-only base and the VM's own system overlay. Idempotent.
@@ -132,6 +135,38 @@ pub struct PrepareRootfs {
     pub uid: u32,
     /// The overlay's size in MiB.
     pub system_mib: u64,
+    /// The template whose frozen overlay it is to begin with, over the template's own base; else the image's empty one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template: Option<VmId>,
+}
+
+/// Makes the disks of a VM whose VMM has ended those of a template, which has its id: base and system overlay are kept and
+/// never change again, all else of its disks goes. Idempotent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FreezeDisks {
+    /// The VM.
+    pub vm: VmId,
+}
+
+/// Removes the disks of a template. One that has none is not an error; VMs that began with it are not touched.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ForgetTemplate {
+    /// The template.
+    pub template: VmId,
+}
+
+/// Removes the disks of all templates but these.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeepTemplates {
+    /// The templates that are known.
+    pub templates: Vec<VmId>,
+}
+
+/// How much a template's disks take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FrozenDisks {
+    /// What the host has given the frozen overlay, in bytes.
+    pub allocated: u64,
 }
 
 /// The disks of a VM's root.

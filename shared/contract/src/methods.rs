@@ -5,8 +5,9 @@
 
 use crate::{
     image::{
-        BootSet, BuildImage, DiskList, DiskUsageList, GetDiskUsage, GrowDisks, ImageList, ImageManifest,
-        ImageRef, ListDisks, ListImages, PrepareRootfs, PrepareWorkDisk, ReleaseDisks, Rootfs, WorkDisk,
+        BootSet, BuildImage, DiskList, DiskUsageList, ForgetTemplate, FreezeDisks, FrozenDisks, GetDiskUsage,
+        GrowDisks, ImageList, ImageManifest, ImageRef, KeepTemplates, ListDisks, ListImages, PrepareRootfs,
+        PrepareWorkDisk, ReleaseDisks, Rootfs, WorkDisk,
     },
     net::{
         AcquireLease, Done, EgressReport, GetEgress, GetNetHost, Lease, LeaseList, ListLeases, NameVm,
@@ -184,6 +185,12 @@ methods! {
     ImageDisksGrow = Image.disks.grow(GrowDisks) -> Done, changes, by [Vm], within 10 s;
     /// How large some VMs' disks are.
     ImageDisksUsage = Image.disks.usage(GetDiskUsage) -> DiskUsageList, reads, by [Vm], within 5 s;
+    /// Makes a VM's disks those of a template.
+    ImageTemplateFreeze = Image.template.freeze(FreezeDisks) -> FrozenDisks, changes, by [Vm], within 60 s;
+    /// Removes a template's disks.
+    ImageTemplateForget = Image.template.forget(ForgetTemplate) -> Done, changes, by [Vm], within 60 s;
+    /// Removes the disks of all templates but some.
+    ImageTemplateKeep = Image.template.keep(KeepTemplates) -> Done, changes, by [Vm], within 60 s;
     /// One operation of the image-agent.
     ImageOpShow = Image.op.show(OpRef) -> OpRecord, reads, by [Gateway], within 5 s;
     /// The image-agent's operations, newest first.

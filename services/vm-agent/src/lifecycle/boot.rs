@@ -102,7 +102,7 @@ pub(crate) fn add(
         move |_, lease| async move {
             let system_mib = s.shape.system_mib;
             a.bus
-                .call::<ImageRootfsPrepare>(&PrepareRootfs { vm, image: s.image, uid: lease.uid, system_mib })
+                .call::<ImageRootfsPrepare>(&PrepareRootfs { vm, image: s.image, uid: lease.uid, system_mib, template: None })
                 .await
         },
         move |_| unmake_disks(undo.clone(), vm, making),

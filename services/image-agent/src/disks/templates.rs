@@ -1,0 +1,203 @@
+//! The disks of templates: `<service>/templates/<id>/` with the system overlay as it was when the template's memory was saved,
+//! and the base that it lies over.
+//!
+//! Memory and overlay are two halves of one moment: a guest that is resumed has the one's inodes in mind. So a frozen overlay is
+//! the template's own file, moved here once its VMM has ended; it is root's, nothing ever opens it to write, and each VM gets a
+//! clone. A directory is a template once it has that name: it is filled under another one.
+
+use super::{BASE, Disks, SYSTEM, check_size};
+use crate::fault;
+use bothy_contract::{
+    Code, Error, VmId,
+    image::{FrozenDisks, Rootfs},
+};
+use std::{
+    io,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
+    path::PathBuf,
+};
+
+impl Disks {
+    /// Makes the disks of `vm`, whose VMM has ended, those of a template with its id.
+    ///
+    /// # Errors
+    /// The VM has no system overlay, or it cannot be moved.
+    pub(crate) fn freeze(&self, vm: VmId) -> Result<FrozenDisks, Error> {
+        let to = self.template(vm);
+        if !to.exists() {
+            let home = self.dir.join(vm.to_string());
+            let failed = |e: io::Error| fault::io(format!("cannot freeze the disks of VM {vm}"), &e);
+            let half = self.templates.join(format!(".{vm}"));
+            fs_err::create_dir_all(&half).map_err(failed)?;
+            fs_err::set_permissions(&half, std::fs::Permissions::from_mode(0o700)).map_err(failed)?;
+            // A crash may have come between the two moves, or after them.
+            for name in [BASE, SYSTEM] {
+                match fs_err::rename(home.join(name), half.join(name)) {
+                    Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                    moved => moved.map_err(failed)?,
+                }
+            }
+            let system = half.join(SYSTEM);
+            if !system.exists() {
+                return Err(Error::not_found(format!("VM {vm} has no system overlay to freeze")));
+            }
+            if !half.join(BASE).exists() {
+                let no_base =
+                    format!("VM {vm} has no base of its own: the images are on another file system");
+                return Err(Error::new(Code::FailedPrecondition, no_base));
+            }
+            std::os::unix::fs::lchown(&system, Some(0), Some(0)).map_err(failed)?;
+            fs_err::File::open(&system).and_then(|file| file.sync_all()).map_err(failed)?;
+            fs_err::rename(&half, &to).map_err(failed)?;
+        }
+        self.release(vm)?;
+        let meta = fs_err::symlink_metadata(to.join(SYSTEM))
+            .map_err(|e| fault::io(format!("cannot look at the disks of template {vm}"), &e))?;
+        Ok(FrozenDisks { allocated: meta.blocks() * 512 })
+    }
+
+    /// Makes the base and the system overlay of `vm` ready, as the template has them.
+    ///
+    /// # Errors
+    /// There is no such template, its overlay is larger than `mib`, or the clone cannot be made.
+    pub(crate) fn rootfs_of_template(
+        &self,
+        template: VmId,
+        vm: VmId,
+        uid: u32,
+        mib: u64,
+    ) -> Result<Rootfs, Error> {
+        self.check_uid(uid)?;
+        let (from, home) = (self.template(template), self.dir.join(vm.to_string()));
+        let (base, system) = (home.join(BASE), home.join(SYSTEM));
+        let failed = |e: io::Error| fault::io(format!("cannot make the system overlay of VM {vm}"), &e);
+        let size = match fs_err::symlink_metadata(from.join(SYSTEM)) {
+            Ok(meta) => meta.len(),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                return Err(Error::not_found(format!("there are no disks of template {template}")));
+            }
+            Err(e) => return Err(failed(e)),
+        };
+        check_size("the system overlay", mib, size)?;
+        self.make_home(&home).map_err(failed)?;
+        if self.keep(&system, uid, mib)? {
+            return Ok(Rootfs { base, system });
+        }
+        // The base first: an overlay without the base it was begun with is worth nothing.
+        let made = super::link(&from.join(BASE), &base)
+            .and_then(|_| self.make(&from.join(SYSTEM), &system, uid, mib));
+        match made {
+            Ok(_) => Ok(Rootfs { base, system }),
+            Err(e) => {
+                let _ = fs_err::remove_file(&base);
+                self.remove_empty(&home);
+                Err(failed(e))
+            }
+        }
+    }
+
+    /// Removes the disks of a template, if it has any.
+    ///
+    /// # Errors
+    /// They cannot be removed.
+    pub(crate) fn forget_template(&self, template: VmId) -> Result<(), Error> {
+        match fs_err::remove_dir_all(self.template(template)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                Err(fault::io(format!("cannot remove the disks of template {template}"), &e))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes the disks of all templates but `known`, and what was left half frozen.
+    ///
+    /// # Errors
+    /// They cannot be listed or removed.
+    pub(crate) fn keep_templates(&self, known: &[VmId]) -> Result<(), Error> {
+        let failed = |e: io::Error| fault::io("cannot sweep the templates' disks", &e);
+        for entry in fs_err::read_dir(&self.templates).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            let name = entry.file_name();
+            let id = name.to_str().and_then(|name| name.trim_start_matches('.').parse::<VmId>().ok());
+            let kept = id.is_some_and(|id| known.contains(&id)) && !name.as_encoded_bytes().starts_with(b".");
+            if !kept {
+                fs_err::remove_dir_all(entry.path()).map_err(failed)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn template(&self, id: VmId) -> PathBuf {
+        self.templates.join(id.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::{
+            MIB,
+            tests::{UID, host},
+        },
+        *,
+    };
+
+    #[test]
+    fn vms_of_a_template_have_its_overlay_and_nothing_of_each_other() {
+        bothy_testkit::require_root!();
+        let h = host();
+        let maker = VmId::new();
+        let made = h.disks.rootfs(&h.store, maker, &h.image, UID, 16).unwrap();
+        h.disks.work(&h.store, maker, &h.image, UID, 16).unwrap();
+        let base = fs_err::metadata(&made.base).unwrap().ino();
+        fs_err::write(&made.system, vec![7; 5000]).unwrap();
+        fs_err::File::options().write(true).open(&made.system).unwrap().set_len(16 * MIB).unwrap();
+        let frozen = h.disks.freeze(maker).unwrap();
+        assert_eq!(h.disks.freeze(maker).unwrap(), frozen, "again is the same");
+        assert!(frozen.allocated >= 5000);
+        assert_eq!(h.disks.list().unwrap(), [], "the maker has no disks any more");
+        let system = h.disks.template(maker).join(SYSTEM);
+        let meta = fs_err::metadata(&system).unwrap();
+        assert_eq!((meta.uid(), meta.mode() & 0o777), (0, 0o600));
+
+        let before = fs_err::read(&system).unwrap();
+        for (n, size) in [(0, 16), (1, 32)] {
+            let vm = VmId::new();
+            let root = h.disks.rootfs_of_template(maker, vm, UID + n, size).unwrap();
+            assert_eq!(h.disks.rootfs_of_template(maker, vm, UID + n, size).unwrap(), root, "kept");
+            let meta = fs_err::metadata(&root.system).unwrap();
+            assert_eq!((meta.uid(), meta.mode() & 0o777, meta.len()), (UID + n, 0o600, size * MIB));
+            assert!(fs_err::read(&root.system).unwrap().starts_with(&before[..5000]));
+            assert_eq!(fs_err::metadata(&root.base).unwrap().ino(), base, "the same page cache");
+            fs_err::write(&root.system, "a guest's writes").unwrap();
+        }
+        assert_eq!(fs_err::read(&system).unwrap(), before);
+        h.disks.forget_template(maker).unwrap();
+        h.disks.forget_template(maker).unwrap();
+        let gone = h.disks.rootfs_of_template(maker, VmId::new(), UID, 16).unwrap_err();
+        assert_eq!(gone.code, Code::NotFound);
+        assert_eq!(h.disks.list().unwrap().len(), 2, "what began with it stays");
+    }
+
+    #[test]
+    fn a_freeze_that_was_cut_off_is_done_again_or_swept() {
+        bothy_testkit::require_root!();
+        let h = host();
+        let (vm, other, known) = (VmId::new(), VmId::new(), VmId::new());
+        let small = h.disks.rootfs(&h.store, vm, &h.image, UID, 16).unwrap();
+        let half = h.disks.templates.join(format!(".{vm}"));
+        fs_err::create_dir(&half).unwrap();
+        fs_err::rename(&small.base, half.join(BASE)).unwrap();
+        h.disks.freeze(vm).unwrap();
+        assert_eq!(h.disks.freeze(other).unwrap_err().code, Code::NotFound);
+        let too_small = h.disks.rootfs_of_template(vm, VmId::new(), UID, 8).unwrap_err();
+        assert_eq!(too_small.code, Code::InvalidArgument);
+        h.disks.rootfs(&h.store, known, &h.image, UID, 16).unwrap();
+        h.disks.freeze(known).unwrap();
+        h.disks.keep_templates(&[known, other]).unwrap();
+        let left: Vec<_> =
+            fs_err::read_dir(&h.disks.templates).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(left, [known.to_string().as_str()]);
+        assert_eq!(h.disks.list().unwrap(), []);
+    }
+}
