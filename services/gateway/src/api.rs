@@ -104,6 +104,20 @@ pub struct CreateBody {
     /// Create it even if the host's memory does not hold it.
     #[serde(default)]
     pub force: bool,
+    /// Boot it, even if there is a template that it could be resumed from.
+    #[serde(default)]
+    pub cold: bool,
+}
+
+/// The body of `POST /v1/images/{image}/warm`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WarmBody {
+    /// Processors, memory, and the least size of the system overlay.
+    #[serde(default)]
+    pub shape: Shape,
+    /// Make it anew, even if one is there.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// The body of `POST /v1/vms/{ref}/start`.

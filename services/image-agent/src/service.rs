@@ -4,11 +4,11 @@ use crate::{agent::Agent, builds, fault::blocking};
 use bothy_bus::{Client, Server};
 use bothy_contract::{
     Error,
-    image::{DiskList, DiskUsageList, ImageList},
+    image::{DiskList, DiskUsageList, FrozenList, ImageList},
     methods::{
         ImageBuild, ImageDisksGrow, ImageDisksList, ImageDisksRelease, ImageDisksUsage, ImageListAll,
         ImageOpCancel, ImageOpList, ImageOpShow, ImageResolve, ImageRootfsPrepare, ImageShow,
-        ImageTemplateForget, ImageTemplateFreeze, ImageTemplateKeep, ImageWorkDiskPrepare,
+        ImageTemplateForget, ImageTemplateFreeze, ImageTemplateList, ImageWorkDiskPrepare,
     },
     net::Done,
 };
@@ -69,8 +69,8 @@ pub(crate) async fn run(
         .serve::<ImageTemplateForget, _, _>(on!(|a, ask| {
             a.disks.forget_template(ask.template).map(|()| Done {})
         }))
-        .serve::<ImageTemplateKeep, _, _>(on!(|a, ask| {
-            a.disks.keep_templates(&ask.templates).map(|()| Done {})
+        .serve::<ImageTemplateList, _, _>(on!(|a, _ask| {
+            Ok(FrozenList { templates: a.disks.frozen()? })
         }))
         .serve::<ImageWorkDiskPrepare, _, _>(on!(|a, ask| {
             a.disks.work(&a.store, ask.vm, &ask.image, ask.uid, ask.work_mib)

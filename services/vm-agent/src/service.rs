@@ -113,7 +113,7 @@ impl Service {
             Some(name) => name.clone(),
             None => free_name(vm)?,
         };
-        let CreateVm { spec, owner, force } = ask;
+        let CreateVm { spec, owner, force, cold: _ } = ask;
         let facts = Facts {
             egress: spec.reaches(),
             publish: spec.publish.clone(),

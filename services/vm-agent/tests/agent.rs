@@ -83,7 +83,7 @@ fn create(name: Option<&str>, shape: Shape) -> CreateVm {
         publish: Vec::new(),
         identity: Default::default(),
     };
-    CreateVm { spec, owner: 1000, force: false }
+    CreateVm { spec, owner: 1000, force: false, cold: false }
 }
 
 #[tokio::test(flavor = "multi_thread")]

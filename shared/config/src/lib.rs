@@ -43,6 +43,9 @@ pub struct Config {
     /// Images.
     #[serde(default)]
     pub image: Image,
+    /// Templates.
+    #[serde(default)]
+    pub template: Template,
 }
 
 fn default_host() -> HostToken {
@@ -184,6 +187,22 @@ impl Default for Image {
     }
 }
 
+/// Templates: booted guests whose memory is kept on disk, from which creates are resumed instead of booted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Template {
+    /// How many are kept; the least recently used goes first. 0 for none: then every create boots.
+    pub max: u32,
+    /// How much disk they may take together, in MiB.
+    pub max_mib: u64,
+}
+
+impl Default for Template {
+    fn default() -> Self {
+        Self { max: 8, max_mib: 16 * 1024 }
+    }
+}
+
 impl Config {
     /// A configuration with every setting at its default.
     pub fn new(state_dir: impl Into<PathBuf>, run_dir: impl Into<PathBuf>) -> Self {
@@ -195,6 +214,7 @@ impl Config {
             net: Net::default(),
             vm: Vm::default(),
             image: Image::default(),
+            template: Template::default(),
         }
     }
 

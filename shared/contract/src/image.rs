@@ -155,10 +155,14 @@ pub struct ForgetTemplate {
     pub template: VmId,
 }
 
-/// Removes the disks of all templates but these.
+/// Asks for the templates that have disks, whole or half frozen.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct KeepTemplates {
-    /// The templates that are known.
+pub struct ListFrozen {}
+
+/// The templates that have disks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FrozenList {
+    /// Their ids.
     pub templates: Vec<VmId>,
 }
 

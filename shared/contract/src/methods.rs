@@ -5,8 +5,8 @@
 
 use crate::{
     image::{
-        BootSet, BuildImage, DiskList, DiskUsageList, ForgetTemplate, FreezeDisks, FrozenDisks, GetDiskUsage,
-        GrowDisks, ImageList, ImageManifest, ImageRef, KeepTemplates, ListDisks, ListImages, PrepareRootfs,
+        BootSet, BuildImage, DiskList, DiskUsageList, ForgetTemplate, FreezeDisks, FrozenDisks, FrozenList, GetDiskUsage,
+        GrowDisks, ImageList, ImageManifest, ImageRef, ListDisks, ListFrozen, ListImages, PrepareRootfs,
         PrepareWorkDisk, ReleaseDisks, Rootfs, WorkDisk,
     },
     net::{
@@ -16,8 +16,8 @@ use crate::{
     op::{Begun, OpList, OpRecord, OpRef},
     usage::{GetVmStats, PortList, VmStatsList},
     vm::{
-        CreateVm, DeleteVm, GetVmHost, KillVm, ListVms, OpenChannel, OpenLog, RestartVm, SetVm, StartVm,
-        StopVm, Ticket, VmHost, VmList, VmRecord, VmRef,
+        CreateVm, DeleteVm, GetVmHost, KillVm, ListTemplates, ListVms, MakeTemplate, OpenChannel, OpenLog,
+        RestartVm, SetVm, StartVm, StopVm, TemplateList, TemplateMade, Ticket, VmHost, VmList, VmRecord, VmRef,
     },
     workspace::{GetWorkspaceHost, OpenExport, OpenImport, SyncIdentity, WorkspaceHost},
 };
@@ -189,8 +189,8 @@ methods! {
     ImageTemplateFreeze = Image.template.freeze(FreezeDisks) -> FrozenDisks, changes, by [Vm], within 60 s;
     /// Removes a template's disks.
     ImageTemplateForget = Image.template.forget(ForgetTemplate) -> Done, changes, by [Vm], within 60 s;
-    /// Removes the disks of all templates but some.
-    ImageTemplateKeep = Image.template.keep(KeepTemplates) -> Done, changes, by [Vm], within 60 s;
+    /// Lists the templates that have disks.
+    ImageTemplateList = Image.template.list(ListFrozen) -> FrozenList, reads, by [Vm], within 10 s;
     /// One operation of the image-agent.
     ImageOpShow = Image.op.show(OpRef) -> OpRecord, reads, by [Gateway], within 5 s;
     /// The image-agent's operations, newest first.
@@ -226,6 +226,10 @@ methods! {
     VmLogOpen = Vm.log.open(OpenLog) -> Ticket, reads, by [Gateway], within 5 s;
     /// What the host can do.
     VmHostShow = Vm.host.show(GetVmHost) -> VmHost, reads, by [Gateway], within 5 s;
+    /// Begins to make a template.
+    VmTemplateMake = Vm.template.make(MakeTemplate) -> TemplateMade, changes, by [Gateway], within 40 s;
+    /// Lists the templates.
+    VmTemplateList = Vm.template.list(ListTemplates) -> TemplateList, reads, by [Gateway], within 5 s;
     /// One operation of the vm-agent.
     VmOpShow = Vm.op.show(OpRef) -> OpRecord, reads, by [Gateway], within 5 s;
     /// The vm-agent's operations, newest first.

@@ -3,6 +3,7 @@
 use crate::{
     Error, ImageName, TicketId, VmId, VmName,
     net::{Egress, Lease, Publish},
+    op::Begun,
     workspace::Identity,
 };
 use jiff::Timestamp;
@@ -90,6 +91,71 @@ pub struct CreateVm {
     /// Create it even if the host's memory does not hold it.
     #[serde(default)]
     pub force: bool,
+    /// Boot it, even if there is a template that it could be resumed from.
+    #[serde(default)]
+    pub cold: bool,
+}
+
+/// Begins to make the template of an image and a shape, unless it is there: creates of that image and shape are resumed from
+/// it then. The result is the [`TemplateRecord`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MakeTemplate {
+    /// The image.
+    pub image: ImageName,
+    /// Processors and memory; of the disks only the system overlay's size is of importance: VMs get one at least as large.
+    #[serde(default)]
+    pub shape: Shape,
+    /// The user who asks.
+    pub owner: u32,
+    /// Make it anew, even if one is there or was set aside.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// What became of a wish for a template: the one that is there, or the operation that makes it, be it an earlier one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TemplateMade {
+    /// It is there.
+    There(TemplateRecord),
+    /// It is being made.
+    Begun(Begun),
+}
+
+/// Asks for the templates.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListTemplates {}
+
+/// The templates.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TemplateList {
+    /// Those that are there or were set aside, the last used first.
+    pub templates: Vec<TemplateRecord>,
+}
+
+/// A booted guest whose memory is kept, from which VMs are resumed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TemplateRecord {
+    /// Its id: that of the VM it was made of.
+    pub id: VmId,
+    /// The image it was booted from.
+    pub image: ImageName,
+    /// Its processors and memory; VMs of it have the same, and disks at least as large.
+    pub shape: Shape,
+    /// The VMM that it was made with: `qemu-microvm 10.0.2 (tcg)`.
+    pub vmm: String,
+    /// When it was made.
+    pub created: Timestamp,
+    /// When a VM was last resumed from it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub used: Option<Timestamp>,
+    /// How often one was.
+    pub uses: u64,
+    /// What it takes on disk, in bytes.
+    pub bytes: u64,
+    /// Why it is not used any more, where that is so: a restore from it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub set_aside: Option<String>,
 }
 
 /// Where a VM stands. The vm-agent's `lifecycle` module has the diagram of who moves what.

@@ -15,6 +15,7 @@ mod logs;
 mod ops;
 pub mod peer;
 mod streams;
+mod templates;
 mod trace;
 mod usage;
 mod vms;
@@ -89,6 +90,8 @@ impl Gateway {
             .route("/images", get(images::list))
             .route("/images/{image}", get(images::show))
             .route("/images/{image}/build", post(images::build))
+            .route("/images/{image}/warm", post(templates::warm))
+            .route("/templates", get(templates::list))
             .route("/ops", get(ops::list))
             .route("/ops/{op}", get(ops::show))
             .route("/ops/{op}/cancel", post(ops::cancel))

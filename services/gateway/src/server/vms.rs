@@ -40,12 +40,12 @@ pub(crate) async fn create(
     State(gateway): State<Gateway>,
     peer: Peer,
     headers: HeaderMap,
-    Body(api::CreateBody { mut spec, force }): Body<api::CreateBody>,
+    Body(api::CreateBody { mut spec, force, cold }): Body<api::CreateBody>,
 ) -> Result<Accepted, ApiError> {
     spec.shape.check()?;
     spec.egress = spec.egress.map(Egress::checked).transpose()?;
     Publish::check(&spec.publish)?;
-    let request = CreateVm { spec, owner: peer.uid, force };
+    let request = CreateVm { spec, owner: peer.uid, force, cold };
     Ok(accepted(gateway.change::<VmCreate>(&peer, &headers, &request).await?))
 }
 

@@ -27,7 +27,7 @@ impl Disks {
         if !to.exists() {
             let home = self.dir.join(vm.to_string());
             let failed = |e: io::Error| fault::io(format!("cannot freeze the disks of VM {vm}"), &e);
-            let half = self.templates.join(format!(".{vm}"));
+            let half = self.half(vm);
             fs_err::create_dir_all(&half).map_err(failed)?;
             fs_err::set_permissions(&half, std::fs::Permissions::from_mode(0o700)).map_err(failed)?;
             // A crash may have come between the two moves, or after them.
@@ -39,6 +39,8 @@ impl Disks {
             }
             let system = half.join(SYSTEM);
             if !system.exists() {
+                // Only what is empty: a base without its overlay is swept.
+                let _ = fs_err::remove_dir(&half);
                 return Err(Error::not_found(format!("VM {vm} has no system overlay to freeze")));
             }
             if !half.join(BASE).exists() {
@@ -96,35 +98,39 @@ impl Disks {
         }
     }
 
-    /// Removes the disks of a template, if it has any.
+    /// Removes the disks of a template, if it has any, those that are half frozen too.
     ///
     /// # Errors
     /// They cannot be removed.
     pub(crate) fn forget_template(&self, template: VmId) -> Result<(), Error> {
-        match fs_err::remove_dir_all(self.template(template)) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                Err(fault::io(format!("cannot remove the disks of template {template}"), &e))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Removes the disks of all templates but `known`, and what was left half frozen.
-    ///
-    /// # Errors
-    /// They cannot be listed or removed.
-    pub(crate) fn keep_templates(&self, known: &[VmId]) -> Result<(), Error> {
-        let failed = |e: io::Error| fault::io("cannot sweep the templates' disks", &e);
-        for entry in fs_err::read_dir(&self.templates).map_err(failed)? {
-            let entry = entry.map_err(failed)?;
-            let name = entry.file_name();
-            let id = name.to_str().and_then(|name| name.trim_start_matches('.').parse::<VmId>().ok());
-            let kept = id.is_some_and(|id| known.contains(&id)) && !name.as_encoded_bytes().starts_with(b".");
-            if !kept {
-                fs_err::remove_dir_all(entry.path()).map_err(failed)?;
+        for dir in [self.template(template), self.half(template)] {
+            match fs_err::remove_dir_all(dir) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                    return Err(fault::io(format!("cannot remove the disks of template {template}"), &e));
+                }
+                _ => {}
             }
         }
         Ok(())
+    }
+
+    /// The templates that have disks, whole or half frozen, oldest first.
+    ///
+    /// # Errors
+    /// They cannot be listed.
+    pub(crate) fn frozen(&self) -> Result<Vec<VmId>, Error> {
+        let failed = |e: io::Error| fault::io("cannot list the templates' disks", &e);
+        let mut templates = Vec::new();
+        for entry in fs_err::read_dir(&self.templates).map_err(failed)? {
+            let name = entry.map_err(failed)?.file_name();
+            templates.extend(name.to_str().and_then(|name| name.trim_start_matches('.').parse::<VmId>().ok()));
+        }
+        templates.sort();
+        Ok(templates)
+    }
+
+    fn half(&self, id: VmId) -> PathBuf {
+        self.templates.join(format!(".{id}"))
     }
 
     fn template(&self, id: VmId) -> PathBuf {
@@ -194,10 +200,14 @@ mod tests {
         assert_eq!(too_small.code, Code::InvalidArgument);
         h.disks.rootfs(&h.store, known, &h.image, UID, 16).unwrap();
         h.disks.freeze(known).unwrap();
-        h.disks.keep_templates(&[known, other]).unwrap();
-        let left: Vec<_> =
-            fs_err::read_dir(&h.disks.templates).unwrap().map(|e| e.unwrap().file_name()).collect();
-        assert_eq!(left, [known.to_string().as_str()]);
+        fs_err::create_dir(h.disks.half(other)).unwrap();
+        let mut all = [vm, known, other];
+        all.sort();
+        assert_eq!(h.disks.frozen().unwrap(), all);
+        for gone in [vm, other, VmId::new()] {
+            h.disks.forget_template(gone).unwrap();
+        }
+        assert_eq!(h.disks.frozen().unwrap(), [known]);
         assert_eq!(h.disks.list().unwrap(), []);
     }
 }

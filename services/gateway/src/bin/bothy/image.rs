@@ -4,6 +4,7 @@ use crate::{
     Context, Status, cli,
     printer::{duration, facts, size, table, word},
     progress::Watcher,
+    template,
 };
 use bothy_contract::{
     Error,
@@ -28,6 +29,8 @@ pub(crate) async fn main(context: &Context, command: cli::Image) -> Result<Statu
             let value = json!({ "op": begun.op, "image": image, "took_us": outcome.took_us, "result": outcome.result });
             printer.record(&value, |_| format!("image {image} is built ({})", duration(outcome.took_us)))?;
         }
+        cli::Image::Warm(args) => return template::warm(context, args).await,
+        cli::Image::Templates => return template::list(context).await,
         cli::Image::List => {
             let list: ImageList = context.gateway.get("/v1/images").await?;
             printer.record(&list.images, |images| listing(images))?;

@@ -18,6 +18,7 @@ mod printer;
 mod progress;
 mod run;
 mod ssh;
+mod template;
 mod terminal;
 mod vm;
 mod workspace;

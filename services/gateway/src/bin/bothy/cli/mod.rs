@@ -88,6 +88,9 @@ pub(crate) struct Shape {
     /// Create it even if the host's memory does not hold it
     #[arg(long)]
     pub(crate) force: bool,
+    /// Boot it, even if there is a template that it could be resumed from
+    #[arg(long)]
+    pub(crate) cold: bool,
     /// Show when each stage of the create began and how long it took
     #[arg(long)]
     pub(crate) timings: bool,
@@ -172,6 +175,29 @@ pub(crate) enum Image {
         #[arg(default_value_t = ImageName::default_image())]
         image: ImageName,
     },
+    /// Make the template of an image: VMs of that shape are resumed from it instead of booted
+    Warm(Warm),
+    /// List the templates
+    Templates,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Warm {
+    /// The image
+    #[arg(default_value_t = ImageName::default_image())]
+    pub(crate) image: ImageName,
+    /// Virtual processors
+    #[arg(long, value_name = "N")]
+    pub(crate) cpus: Option<u32>,
+    /// Memory: 512M, 2G; a bare number is MiB
+    #[arg(long, value_name = "SIZE", value_parser = mib)]
+    pub(crate) memory: Option<u64>,
+    /// The smallest system disk that VMs of it may have: 10G; a bare number is MiB
+    #[arg(long, value_name = "SIZE", value_parser = mib)]
+    pub(crate) system_disk: Option<u64>,
+    /// Make it anew, even if it is there
+    #[arg(long, short)]
+    pub(crate) force: bool,
 }
 
 #[derive(Debug, Subcommand)]

@@ -13,7 +13,7 @@ use crate::{
 };
 use bothy_contract::{
     Code, Error, OpId,
-    op::{Begun, OpEvent, OpEventKind, OpRecord, OpState},
+    op::{OpEvent, OpEventKind, OpRecord, OpState},
 };
 use http::Method;
 use http_body_util::BodyExt;
@@ -80,10 +80,7 @@ impl<'a> Watcher<'a> {
     ///
     /// # Errors
     /// When it was not begun, or that is not known.
-    pub(crate) async fn begin(
-        &self,
-        ask: impl Future<Output = Result<Begun, Error>>,
-    ) -> Result<Begun, Error> {
+    pub(crate) async fn begin<T>(&self, ask: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
         if self.interrupts.any() {
             return Err(Error::new(Code::Cancelled, "not begun: interrupted before"));
         }

@@ -132,7 +132,7 @@ pub(crate) async fn create(
         publish: args.network.publish.clone(),
         identity: ssh::identity(context.printer),
     };
-    let body = CreateBody { spec, force: args.force };
+    let body = CreateBody { spec, force: args.force, cold: args.cold };
     let watcher = Watcher::new(&context.gateway, context.printer, false)?;
     let begun: Begun = watcher.begin(context.gateway.change(Method::POST, "/v1/vms", &body)).await?;
     let id: VmId = begun.vm.ok_or_else(|| {
