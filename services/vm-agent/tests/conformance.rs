@@ -13,7 +13,7 @@ use bothy_guest_proto::{
 };
 use bothy_testkit::Netns;
 use bothy_vm_agent::vmm::{
-    self, Accel, Driver, Firecracker, QemuMicrovm, RunState, VmPlan, clock,
+    self, Accel, Driver, Firecracker, Memory, Origin, QemuMicrovm, RunState, VmPlan, clock,
     holder::Holder,
     liveness::{Liveness, look, rediscover},
     wire::{self, HolderHandle, State},
@@ -100,6 +100,8 @@ fn plan(host: &Host, accel: Accel) -> Option<VmPlan> {
         work: at("work-seed.ext4"),
         cpus: 1,
         memory_mib: 384,
+        memory: Memory::Own,
+        from: Origin::Boot,
         tap: TAP.into(),
         mac: "52:54:00:00:00:02".into(),
         uid: UID,
@@ -147,6 +149,8 @@ async fn personalise(guest: &mut GuestClient) {
         files: vec![],
         home: "/root".into(),
         init_systemd: false,
+        ..Default::default()
+        ..Default::default()
     };
     timeout(LONG, guest.personalise(who)).await.unwrap().unwrap();
 }

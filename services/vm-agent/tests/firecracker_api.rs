@@ -8,7 +8,7 @@
 mod host;
 
 use bothy_vm_agent::vmm::{
-    Accel, Driver, Firecracker, Verb, VmPlan,
+    Accel, Driver, Firecracker, Memory, Origin, Verb, VmPlan,
     firecracker::{
         Version,
         api::{
@@ -180,6 +180,8 @@ fn plan() -> VmPlan {
         work: "/disks/work.img".into(),
         cpus: 2,
         memory_mib: 512,
+        memory: Memory::Own,
+        from: Origin::Boot,
         tap: "bothy-tap-0".into(),
         mac: "52:54:00:00:00:02".into(),
         uid: 780_000,

@@ -8,7 +8,7 @@ mod host;
 
 use bothy_contract::VmId;
 use bothy_vm_agent::vmm::{
-    Accel, Driver, Firecracker, LaunchSpec, RunState, Verb, VmPlan,
+    Accel, Driver, Firecracker, LaunchSpec, Memory, Origin, RunState, Verb, VmPlan,
     firecracker::{
         Version,
         api::{Action, Method, Request},
@@ -51,6 +51,8 @@ fn spec(host: &Host) -> LaunchSpec {
         work: at("work"),
         cpus: 1,
         memory_mib: 128,
+        memory: Memory::Own,
+        from: Origin::Boot,
         tap: "tap".into(),
         mac: "52:54:00:00:00:02".into(),
         uid: UID,

@@ -25,7 +25,7 @@ use bothy_guest_proto::v1::HealthReply;
 use bothy_ops::{Graph, Output, StageCx, UndoCx};
 use bothy_vm_agent::host::cgroup::Bounds;
 use bothy_vm_agent::vmm::{
-    Accel, LaunchSpec, VmPlan,
+    Accel, LaunchSpec, Memory, Origin, VmPlan,
     holder::Holder,
     liveness::{self, Liveness},
     wire::{self, HolderHandle},
@@ -255,6 +255,8 @@ async fn launch(
                 work: work.path,
                 cpus: spec.shape.cpus,
                 memory_mib: spec.shape.memory_mib,
+                memory: Memory::Own,
+                from: Origin::Boot,
                 tap: lease.tap,
                 mac: lease.mac,
                 uid: lease.uid,

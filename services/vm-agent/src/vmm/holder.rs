@@ -7,10 +7,13 @@ use super::{
     firecracker::api::Request,
     launching::{self, Quiet},
     liveness::{self, Liveness},
-    wire::{self, HolderHandle, LaunchSpec, Launched, MAX_LINE, Process, Running, Status},
+    wire::{
+        self, HolderHandle, LaunchSpec, Launched, MAX_LINE, Process, Running, SaveReply, SaveRequest, Status,
+    },
 };
 use bothy_contract::{Code, Error, vm::ExitRecord};
 use std::{
+    os::fd::AsFd,
     path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
@@ -22,7 +25,7 @@ use tokio::{
 
 /// How long a holder may take to answer anything but `CONNECT`; it answers in microseconds, its VMM in milliseconds.
 const PATIENCE: Duration = Duration::from_secs(15);
-/// How long a launch may take; the holder itself gives up on the VMM before that.
+/// How long a launch may take, beside loading a saved guest; the holder itself gives up on the VMM before that.
 const LAUNCH: Duration = Duration::from_secs(20);
 
 /// The holder of one VM, by its directory.
@@ -30,6 +33,11 @@ const LAUNCH: Duration = Duration::from_secs(20);
 pub struct Holder {
     dir: PathBuf,
     uid: u32,
+}
+
+fn launch_limit(spec: &LaunchSpec) -> Duration {
+    let state = spec.restore.as_ref().and_then(|restore| fs_err::metadata(&restore.state).ok());
+    LAUNCH + state.map(|meta| wire::load_limit(meta.len())).unwrap_or_default()
 }
 
 /// The `bothy-vmm` beside the running program.
@@ -79,7 +87,7 @@ impl Holder {
             child.wait().await?;
             Ok::<_, std::io::Error>(answer)
         };
-        let answer = tokio::time::timeout(LAUNCH, talk)
+        let answer = tokio::time::timeout(launch_limit(spec), talk)
             .await
             .map_err(|_| failed("wait for", &"it did not answer in time"))?
             .map_err(|e| failed("talk to", &e))?;
@@ -238,6 +246,33 @@ impl Holder {
         serde_json::from_slice(&bytes)
             .map(Some)
             .map_err(|e| Error::internal(format!("{} is not an exit record", path.display()), &e))
+    }
+
+    /// Sends a request to save the guest, with the files that it goes into. A caller that gives up makes the holder do so.
+    pub(super) async fn ask_to_save(
+        &self,
+        request: &SaveRequest,
+        files: &[&fs_err::File],
+    ) -> Result<SaveReply, Error> {
+        let text = serde_json::to_string(request)
+            .map_err(|e| Error::internal("cannot write a request to save a guest", &e))?;
+        let answer = async {
+            let mut stream = self.dial().await?;
+            // The first byte carries them (unix(7)).
+            let fds: Vec<_> = files.iter().map(|file| file.file().as_fd()).collect();
+            wire::send_with(&stream, b"S", &fds).await.map_err(|e| self.broke(&e))?;
+            self.say(&mut stream, &format!("AVE {text}")).await?;
+            self.line(&mut stream).await
+        };
+        // The holder's own limits come first, with better words.
+        let line = tokio::time::timeout(request.limit + PATIENCE, answer).await.map_err(|_| {
+            Error::new(
+                Code::DeadlineExceeded,
+                format!("the holder in {} does not answer", self.dir.display()),
+            )
+        })??;
+        let reply = self.answer(&line)?;
+        serde_json::from_value(reply).map_err(|e| self.broke(&e))
     }
 
     async fn ask(&self, request: &str) -> Result<String, Error> {

@@ -3,7 +3,8 @@
 //! A [`Driver`] is pure: it turns a [`VmPlan`] into a [`LaunchSpec`] and its verbs into [`Verb`]s. The process is kept by
 //! a holder (`bothy-vmm`), which [`holder::Holder`] starts, finds again and talks to; so nothing here is lost with the
 //! agent; [`launching`] keeps a launch and its undo apart, and [`liveness`] says whether a VM's VMM lives. [`choose`] says which driver this host is best served by, [`accel`]
-//! finds out how guests can be run on it, [`clock`] how fast its time-stamp counter runs.
+//! finds out how guests can be run on it, [`clock`] how fast its time-stamp counter runs. [`snapshot`] saves a guest and says
+//! what a saved one is.
 
 pub mod accel;
 mod choice;
@@ -13,6 +14,7 @@ pub mod holder;
 pub mod launching;
 pub mod liveness;
 pub mod qemu;
+pub mod snapshot;
 pub mod wire;
 
 use bothy_contract::{Error, VmId};
@@ -21,6 +23,7 @@ use std::path::{Path, PathBuf};
 pub use choice::{Choice, Host, choose, driver_of};
 pub use firecracker::Firecracker;
 pub use qemu::QemuMicrovm;
+pub use snapshot::{Memory, Origin, Save, Saved, SealedMemory, Snapshot};
 pub use wire::LaunchSpec;
 
 /// The name of the driver for QEMU.
@@ -47,7 +50,7 @@ impl std::fmt::Display for Accel {
     }
 }
 
-/// All that a VMM must know to boot one VM. Nothing in it is looked up later.
+/// All that a VMM must know to boot one VM, or to let a saved one go on. Nothing in it is looked up later.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VmPlan {
     /// The VM.
@@ -70,6 +73,11 @@ pub struct VmPlan {
     pub cpus: u32,
     /// Memory in MiB.
     pub memory_mib: u64,
+    /// What the guest's memory is.
+    pub memory: Memory,
+    /// Whether the guest boots, or goes on from where another was saved. Then it is paused when the launch is done, and all
+    /// else in the plan but the names, paths and addresses must be as it was for that one.
+    pub from: Origin,
     /// The TAP device, made for `uid`.
     pub tap: String,
     /// The guest's MAC address.
@@ -124,6 +132,9 @@ pub trait Driver: Send + Sync + std::fmt::Debug {
     fn name(&self) -> &'static str;
     /// The VMM's own version.
     fn version(&self) -> &str;
+    /// All of this VMM that a saved guest depends on: it goes on only under one with the same key. The program, its exact
+    /// version, how it runs guests, the processor that they see, and the layout of their devices.
+    fn version_key(&self, accel: Accel) -> String;
     /// What it can do.
     fn capabilities(&self) -> Capabilities;
     /// What to hand to the holder. Pure: the same plan gives the same specification.
@@ -138,7 +149,8 @@ pub trait Driver: Send + Sync + std::fmt::Debug {
     fn powerdown(&self) -> Verb;
     /// Stops the guest's processors. Doing it twice is doing it once.
     fn pause(&self) -> Verb;
-    /// Lets them go on. Doing it twice is doing it once.
+    /// Lets them go on. Doing it twice is doing it once. Where the file of a disk has another size than when the guest was
+    /// saved, [`Driver::resize_disk`] tells the guest, once this is done.
     fn resume(&self) -> Verb;
     /// Tells a running guest that the file of its disk `serial` has `bytes` bytes now, which it must have already. Its disk
     /// only grows.
@@ -147,6 +159,15 @@ pub trait Driver: Send + Sync + std::fmt::Debug {
     fn run_state(&self) -> Verb;
     /// What the answer to [`Driver::run_state`] says; `None` where the guest neither runs nor waits to.
     fn read_run_state(&self, answer: &serde_json::Value) -> Option<RunState>;
+}
+
+/// The host's processor, as far as a guest that runs on it unhidden can tell it from another.
+fn host_cpu() -> String {
+    let known = ["vendor_id", "cpu family", "model\t", "model name", "stepping", "microcode", "flags"];
+    let text = fs_err::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let lines = text.lines().take_while(|line| !line.is_empty());
+    let told = lines.filter(|line| known.iter().any(|known| line.starts_with(known)));
+    told.filter_map(|line| line.split_once(':')).map(|(_, value)| value.trim()).collect::<Vec<_>>().join("/")
 }
 
 /// A path as an argument of a VMM.

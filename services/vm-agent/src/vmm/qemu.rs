@@ -1,6 +1,9 @@
 //! QEMU's microvm machine: the command line as a pure function of the plan. For QEMU 7.2 and newer.
 
-use super::{Accel, Capabilities, Driver, LaunchSpec, RunState, Verb, VmPlan, text, wire};
+use super::{
+    Accel, Capabilities, Driver, LaunchSpec, Memory, Origin, RunState, Verb, VmPlan, host_cpu, text,
+    wire::{self, MemoryFile, Restore},
+};
 use bothy_contract::{Code, Error};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -10,17 +13,25 @@ const KERNEL_HZ: u64 = 250;
 /// The oldest QEMU whose microvm machine this command line was tested on.
 const OLDEST: (u32, u32) = (7, 2);
 
+/// What QEMU calls a microvm's memory.
+const RAM: &str = "microvm.ram";
+/// The layout of the devices of a guest: another one cannot go on from what was saved of this.
+const LAYOUT: u32 = 1;
+
 /// The driver for `-M microvm`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct QemuMicrovm {
     program: PathBuf,
     version: String,
+    /// The first line of what it says of its version, its packager's included.
+    exact: String,
 }
 
 impl QemuMicrovm {
     /// A driver for a QEMU whose version is known already.
     pub fn new(program: impl Into<PathBuf>, version: impl Into<String>) -> Self {
-        Self { program: program.into(), version: version.into() }
+        let version = version.into();
+        Self { program: program.into(), exact: version.clone(), version }
     }
 
     /// Asks `program` for its version.
@@ -58,7 +69,8 @@ impl QemuMicrovm {
             )
             .hint("install a newer one, or set `vm.qemu` in bothy.toml"));
         }
-        Ok(Self::new(program, version))
+        let exact = text.lines().next().unwrap_or(&version).to_owned();
+        Ok(Self { program: program.to_owned(), version, exact })
     }
 
     /// QEMU's program.
@@ -92,9 +104,9 @@ pub(crate) fn kernel_command_line(accel: Accel, tsc_khz: Option<u32>) -> String 
 
 /// The part of the command line that does not depend on the VM.
 pub(crate) fn machine(program: &Path, accel: Accel) -> Result<Vec<String>, Error> {
-    let (accelerator, cpu) = match accel {
-        Accel::Kvm => ("kvm", "host"),
-        Accel::Tcg => ("tcg,thread=multi", "qemu64"),
+    let accelerator = match accel {
+        Accel::Kvm => "kvm",
+        Accel::Tcg => "tcg,thread=multi",
     };
     let mut argv = vec![text(program)?];
     argv.extend(
@@ -107,7 +119,7 @@ pub(crate) fn machine(program: &Path, accel: Accel) -> Result<Vec<String>, Error
             "-bios",
             "qboot.rom",
             "-cpu",
-            cpu,
+            cpu(accel),
             "-nodefaults",
             "-no-user-config",
             "-display",
@@ -119,6 +131,40 @@ pub(crate) fn machine(program: &Path, accel: Accel) -> Result<Vec<String>, Error
         .map(str::to_owned),
     );
     Ok(argv)
+}
+
+/// The processor that guests see.
+fn cpu(accel: Accel) -> &'static str {
+    match accel {
+        Accel::Kvm => "host",
+        Accel::Tcg => "qemu64",
+    }
+}
+
+/// The arguments that make a file the guest's memory, and that file; nothing where its memory is its own.
+fn memory(plan: &VmPlan) -> Result<(Vec<String>, Option<MemoryFile>), Error> {
+    let bytes = plan.memory_mib << 20;
+    let (share, file) = match (&plan.memory, &plan.from) {
+        (Memory::Own, Origin::Boot | Origin::Saved(_)) => return Ok((Vec::new(), None)),
+        // What the guest writes is in the file.
+        (Memory::Shared(path), Origin::Boot) => ("on", MemoryFile::Make { path: path.clone(), bytes }),
+        // What it writes is its own, what it only reads is the file's.
+        (Memory::Own, Origin::Template(from)) => {
+            ("off", MemoryFile::Map { path: from.memory.clone(), bytes })
+        }
+        (Memory::Shared(_), _) => {
+            return Err(Error::invalid("only a guest that boots can have its memory in a file of its own"));
+        }
+    };
+    // By its descriptor: the VM's user gets to the file in no other way. Called as QEMU calls the memory that a guest has of
+    // its own, or a whole save of this one would not fit that.
+    let object = format!(
+        "memory-backend-file,id={RAM},size={bytes},mem-path=/proc/self/fd/{},share={share},\
+         x-use-canonical-path-for-ramblock-id=off",
+        wire::MEMORY_FD
+    );
+    let words = ["-object", &object, "-machine", &format!("memory-backend={RAM}")];
+    Ok((words.map(str::to_owned).into(), Some(file)))
 }
 
 /// A path as a value within `key=value,...`: QEMU takes a doubled comma for a comma.
@@ -133,6 +179,20 @@ impl Driver for QemuMicrovm {
 
     fn version(&self) -> &str {
         &self.version
+    }
+
+    fn version_key(&self, accel: Accel) -> String {
+        let mut key = format!(
+            "{} {} {} {accel} {} layout {LAYOUT}",
+            self.name(),
+            self.program.display(),
+            self.exact,
+            cpu(accel)
+        );
+        if accel == Accel::Kvm {
+            key.push_str(&format!(" {}", host_cpu()));
+        }
+        key
     }
 
     fn capabilities(&self) -> Capabilities {
@@ -153,6 +213,17 @@ impl Driver for QemuMicrovm {
         add(&["-smp", &plan.cpus.to_string(), "-m", &plan.memory_mib.to_string()]);
         add(&["-kernel", &text(&plan.kernel)?, "-initrd", &text(&plan.initrd)?]);
         add(&["-append", &kernel_command_line(plan.accel, plan.tsc_khz)]);
+        let (words, memory) = memory(plan)?;
+        add(&words.iter().map(String::as_str).collect::<Vec<_>>());
+        let restore = match &plan.from {
+            Origin::Boot => None,
+            Origin::Template(from) => Some(Restore { state: from.state.clone(), memory_apart: true }),
+            Origin::Saved(from) => Some(Restore { state: from.state.clone(), memory_apart: false }),
+        };
+        if restore.is_some() {
+            // Stopped, and loaded once the holder says so: its ports must be connected before.
+            add(&["-S", "-incoming", "defer"]);
+        }
         for (serial, path, options) in [
             ("rootfs", &plan.rootfs, ",readonly=on"),
             // The guest's discards make holes, so that deleted files give their space back.
@@ -193,6 +264,8 @@ impl Driver for QemuMicrovm {
             gid: plan.uid,
             groups: plan.groups.clone(),
             cgroup: None,
+            memory,
+            restore,
         })
     }
 
@@ -245,6 +318,8 @@ mod tests {
             work: "/disks/work.img".into(),
             cpus: 2,
             memory_mib: 512,
+            memory: Memory::Own,
+            from: Origin::Boot,
             tap: "bothy-tap-0".into(),
             mac: "52:54:00:00:00:02".into(),
             uid: 780_000,

@@ -3,7 +3,7 @@
 //! The directory `<run>/vm/<id>` belongs to the VM's user and, set-group-id, to the agent's group: so the agent reaches
 //! what the holder makes there without the holder being in that group, and no other local user does.
 
-use super::firecracker::api::Request;
+use super::{Save, firecracker::api::Request};
 use bothy_contract::{Error, VmId, vm::ExitRecord};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -48,6 +48,9 @@ pub fn remove_sockets(dir: &Path) {
 /// Stands in a command line for the number of the TAP's descriptor, which only the holder knows.
 pub const TAP_FD: &str = "@tap-fd@";
 
+/// Stands in a command line, or in a request, for the number of the descriptor of the guest's memory.
+pub const MEMORY_FD: &str = "@memory-fd@";
+
 /// Longest line on `holder.sock` in either direction, in bytes.
 pub const MAX_LINE: usize = 1 << 20;
 
@@ -79,6 +82,64 @@ pub struct LaunchSpec {
     /// `cgroup.procs` of the control group that they are started in, where there is one.
     #[serde(default)]
     pub cgroup: Option<PathBuf>,
+    /// The file that is the guest's memory, where it is one: the VMM gets it as an open descriptor, whose number takes the
+    /// place of [`MEMORY_FD`].
+    #[serde(default)]
+    pub memory: Option<MemoryFile>,
+    /// What the guest goes on from, where it is not booted.
+    #[serde(default)]
+    pub restore: Option<Restore>,
+}
+
+/// A file that is a guest's memory. It is opened with the agent's rights: the VM's user reaches it by the descriptor alone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum MemoryFile {
+    /// Made anew, of holes alone, and the VM's user's, who writes into it.
+    Make {
+        /// Where.
+        path: PathBuf,
+        /// How long.
+        bytes: u64,
+    },
+    /// There already, and only read.
+    Map {
+        /// Where.
+        path: PathBuf,
+        /// How long it must be.
+        bytes: u64,
+    },
+}
+
+/// What a guest goes on from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Restore {
+    /// The saved state. It is opened with the agent's rights.
+    pub state: PathBuf,
+    /// Whether that leaves memory out, which is in [`LaunchSpec::memory`] then.
+    pub memory_apart: bool,
+}
+
+/// What follows `SAVE`. Two descriptors come with the line: where the state goes, and where memory goes if that is apart and
+/// not in a file already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SaveRequest {
+    /// How much.
+    pub what: Save,
+    /// How long that may take.
+    pub limit: Duration,
+}
+
+/// What `SAVE` returns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SaveReply {
+    /// Whether the second descriptor was written to.
+    pub memory_written: bool,
+}
+
+/// How long a saved guest of that many bytes may take to load: far longer than any disk that is not broken needs.
+pub fn load_limit(bytes: u64) -> Duration {
+    Duration::from_secs(20 + bytes / (50 << 20))
 }
 
 /// How the holder talks to a VMM.
@@ -255,6 +316,58 @@ pub enum State {
     Exited,
 }
 
+/// Sends `bytes`, few as they are, and with the first of them `fds` (sendmsg(2), SCM_RIGHTS).
+///
+/// # Errors
+/// The peer is gone, or takes no more at the moment than a part.
+pub async fn send_with(
+    stream: &tokio::net::UnixStream,
+    bytes: &[u8],
+    fds: &[std::os::fd::BorrowedFd<'_>],
+) -> std::io::Result<()> {
+    use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+    use std::os::fd::AsRawFd;
+    let numbers: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let control = [ControlMessage::ScmRights(&numbers)];
+    let sent = stream
+        .async_io(tokio::io::Interest::WRITABLE, || {
+            let bytes = [std::io::IoSlice::new(bytes)];
+            Ok(sendmsg::<()>(stream.as_raw_fd(), &bytes, &control, MsgFlags::MSG_NOSIGNAL, None)?)
+        })
+        .await?;
+    if sent == bytes.len() { Ok(()) } else { Err(std::io::ErrorKind::WriteZero.into()) }
+}
+
+/// Reads one byte into `byte`, and the descriptors that come with it into `fds`; gives how many bytes that were, 0 at the end.
+/// Cancel-safe.
+///
+/// # Errors
+/// As for reading.
+pub async fn receive_with(
+    stream: &tokio::net::UnixStream,
+    byte: &mut [u8; 1],
+    fds: &mut Vec<std::os::fd::OwnedFd>,
+) -> std::io::Result<usize> {
+    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+    stream
+        .async_io(tokio::io::Interest::READABLE, || {
+            let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let mut into = [std::io::IoSliceMut::new(byte)];
+            let got = recvmsg(stream, &mut into, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+            for message in control.drain() {
+                if let RecvAncillaryMessage::ScmRights(rights) = message {
+                    fds.extend(rights);
+                }
+            }
+            Ok(got.bytes)
+        })
+        .await
+}
+
+/// The most descriptors that come with one request.
+pub const MAX_FDS: usize = 2;
+
 /// Reads at most `limit` bytes of a file that a VM's user may have put there: no symbolic link, nothing but a regular file.
 ///
 /// # Errors
@@ -294,6 +407,8 @@ mod tests {
             gid: 780_000,
             groups: vec![],
             cgroup: None,
+            memory: None,
+            restore: None,
         }
     }
 

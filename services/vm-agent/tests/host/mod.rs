@@ -85,6 +85,8 @@ impl Host {
             gid: UID,
             groups: vec![],
             cgroup: None,
+            memory: None,
+            restore: None,
         }
     }
 

@@ -12,7 +12,7 @@ pub mod client;
 mod version;
 
 use super::{
-    Accel, Capabilities, Driver, LaunchSpec, RunState, Verb, VmPlan, text,
+    Accel, Capabilities, Driver, LaunchSpec, Origin, RunState, Verb, VmPlan, host_cpu, text,
     wire::{self, Monitor},
 };
 use api::{
@@ -27,6 +27,8 @@ pub use version::Version;
 
 /// The guest's vsock address. Every guest has the same: each has a socket of its own on the host.
 const CID: u32 = 3;
+/// The layout of the devices of a guest: another one cannot go on from what was saved of this.
+const LAYOUT: u32 = 1;
 /// Which disk is which, in the order in which the guest finds them.
 const DISKS: &str = "rootfs,system,work";
 
@@ -140,6 +142,11 @@ impl Driver for Firecracker {
         &self.text
     }
 
+    fn version_key(&self, accel: Accel) -> String {
+        let (name, program) = (self.name(), self.program.display());
+        format!("{name} {program} {} {accel} {} layout {LAYOUT}", self.text, host_cpu())
+    }
+
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             snapshot: self.version.snapshots().is_ok(),
@@ -153,6 +160,9 @@ impl Driver for Firecracker {
         if plan.accel != Accel::Kvm {
             return Err(Error::new(Code::FailedPrecondition, "Firecracker runs guests under KVM only")
                 .hint("set `vm.driver` to `auto` or `qemu-microvm` in bothy.toml"));
+        }
+        if plan.from != Origin::Boot {
+            return Err(Error::new(Code::FailedPrecondition, "saved guests do not go on under Firecracker yet"));
         }
         if plan.cpus == 0 || plan.cpus > api::MAX_CPUS {
             return Err(Error::invalid(format!(
@@ -185,6 +195,8 @@ impl Driver for Firecracker {
             gid: plan.uid,
             groups: plan.groups.clone(),
             cgroup: None,
+            memory: None,
+            restore: None,
         })
     }
 

@@ -1,3 +1,4 @@
+use super::super::Memory;
 use super::*;
 
 fn plan() -> VmPlan {
@@ -12,6 +13,8 @@ fn plan() -> VmPlan {
         work: "/disks/work.img".into(),
         cpus: 2,
         memory_mib: 512,
+        memory: Memory::Own,
+        from: Origin::Boot,
         tap: "bothy-tap-0".into(),
         mac: "52:54:00:00:00:02".into(),
         uid: 780_000,
