@@ -75,6 +75,7 @@ impl Recipe {
                 files: vec![],
                 home: "/root".into(),
                 init_systemd: true,
+                ..Default::default()
             },
         })
     }

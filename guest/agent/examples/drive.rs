@@ -49,6 +49,7 @@ async fn main() {
         files: Vec::new(),
         home: "/root".into(),
         init_systemd: args[2] == "systemd",
+        ..Default::default()
     };
     short.personalise(request.clone()).await.unwrap();
     say("personalised");

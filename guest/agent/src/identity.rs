@@ -4,9 +4,10 @@
 use std::io;
 use std::net::IpAddr;
 use std::path::Path;
+use std::time::Duration;
 
 use nix::sys::time::TimeSpec;
-use nix::time::{ClockId, clock_settime};
+use nix::time::{ClockId, clock_gettime, clock_settime};
 
 use crate::{files, sys};
 
@@ -68,6 +69,12 @@ pub(crate) fn set_clock(unix_us: u64) -> io::Result<()> {
     let seconds = i64::try_from(unix_us / 1_000_000).map_err(io::Error::other)?;
     let nanos = i64::try_from(unix_us % 1_000_000 * 1000).map_err(io::Error::other)?;
     Ok(clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::new(seconds, nanos))?)
+}
+
+/// The wall clock, in microseconds since 1970.
+pub(crate) fn clock_us() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_REALTIME).map(Duration::from).unwrap_or_default();
+    u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// Feeds the host's randomness to the kernel.

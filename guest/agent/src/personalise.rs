@@ -22,6 +22,9 @@ pub(crate) fn check(request: &v1::PersonaliseRequest) -> Result<Option<Nic>, Str
         if request.home == "/" {
             return Err("the home cannot be `/`".into());
         }
+        if request.template {
+            return Err("a template has no home: its work disk is a placeholder that nothing opens".into());
+        }
     }
     files::check(&request.files)?;
     request.nic.as_ref().map(Nic::parse).transpose()
@@ -80,7 +83,8 @@ mod tests {
             ..Default::default()
         };
         assert!(check(&good).is_ok());
-        let broken: [fn(&mut v1::PersonaliseRequest); 5] = [
+        let broken: [fn(&mut v1::PersonaliseRequest); 6] = [
+            |request| request.template = true,
             |request| request.hostname = "a b".into(),
             |request| request.machine_id.clear(),
             |request| request.home = "/".into(),

@@ -16,7 +16,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::timeline::{Step, now_us};
 use crate::{
-    exec, files, forward, kmsg, machine, metrics, personalise, ports, shutdown, systemd, tarball, wait,
+    exec, files, forward, identity, kmsg, machine, metrics, personalise, ports, shutdown, systemd, tarball, wait,
     workdisk,
 };
 
@@ -46,6 +46,7 @@ struct Shared {
 #[derive(Debug, Default, Clone)]
 struct Known {
     personalised: bool,
+    template: bool,
     home: String,
     address: Option<Ipv4Addr>,
 }
@@ -91,7 +92,7 @@ impl Guest {
                 .await
                 .map_err(|error| failed("personalise", &error))?;
             *self.0.known.lock().unwrap_or_else(PoisonError::into_inner) =
-                Known { personalised: true, address, home: request.home.clone() };
+                Known { personalised: true, template: request.template, address, home: request.home.clone() };
             self.add_step(Step::ends_now("personalise", began));
             *identity = Some(request.clone());
         }
@@ -158,6 +159,9 @@ impl guest_server::Guest for Guest {
             personalised: self.known().personalised,
             init_started: self.0.init.started(),
             uptime_us: now_us(),
+            template: self.known().template,
+            unix_time_us: identity::clock_us(),
+            pending: Vec::new(),
         }))
     }
 
@@ -166,14 +170,35 @@ impl guest_server::Guest for Guest {
         let (guest, request) = (self.clone(), request.into_inner());
         let task = tokio::spawn(async move { guest.personalise_now(request).await });
         task.await.map_err(|error| Status::internal(error.to_string()))??;
-        Ok(Response::new(v1::PersonaliseReply { boot_id: boot_id()? }))
+        Ok(Response::new(v1::PersonaliseReply { boot_id: boot_id()?, ..Default::default() }))
+    }
+
+    async fn quiesce(&self, _: Request<v1::QuiesceRequest>) -> Reply<v1::QuiesceReply> {
+        self.ready()?;
+        let began = now_us();
+        blocking("sync", || {
+            nix::unistd::sync();
+            Ok(())
+        })
+        .await?;
+        let steps = vec![Step::ends_now("sync", began).into()];
+        Ok(Response::new(v1::QuiesceReply { steps, left: Vec::new() }))
+    }
+
+    async fn resumed(&self, request: Request<v1::ResumedRequest>) -> Reply<v1::ResumedReply> {
+        let v1::ResumedRequest { unix_time_us, entropy } = request.into_inner();
+        identity::add_entropy(&entropy).map_err(|error| failed("add entropy", &error))?;
+        let was = identity::clock_us();
+        identity::set_clock(unix_time_us).map_err(|error| failed("set the clock", &error))?;
+        let clock_was_off_us = unix_time_us.cast_signed().saturating_sub(was.cast_signed());
+        Ok(Response::new(v1::ResumedReply { boot_id: boot_id()?, clock_was_off_us }))
     }
 
     async fn timeline(&self, _: Request<v1::TimelineRequest>) -> Reply<v1::TimelineReply> {
         let steps = self.0.steps.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let steps = steps
             .into_iter()
-            .map(|Step { name, started_us, took_us }| v1::Step { name, started_us, took_us })
+            .map(Into::into)
             .collect();
         Ok(Response::new(v1::TimelineReply { steps }))
     }

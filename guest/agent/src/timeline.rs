@@ -1,5 +1,6 @@
 //! The boot, step by step. PID 1 measures the first steps and hands them to the agent, which adds its own.
 
+use bothy_guest_proto::v1;
 use nix::time::{ClockId, clock_gettime};
 
 /// One step of the boot.
@@ -32,6 +33,12 @@ impl Step {
         let mut words = line.split(' ');
         let (name, started, took) = (words.next()?, words.next()?, words.next()?);
         Some(Self { name: name.to_owned(), started_us: started.parse().ok()?, took_us: took.parse().ok()? })
+    }
+}
+
+impl From<Step> for v1::Step {
+    fn from(Step { name, started_us, took_us }: Step) -> Self {
+        Self { name, started_us, took_us }
     }
 }
 

@@ -160,6 +160,7 @@ impl Guest {
             ],
             home: boot.home.clone(),
             init_systemd: boot.init == InitStyle::Systemd,
+            ..Default::default()
         };
         let mut client = self.client().await?;
         client.personalise(request).await.map_err(|s| fail("personalise", &s))?;
