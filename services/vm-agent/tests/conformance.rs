@@ -150,7 +150,6 @@ async fn personalise(guest: &mut GuestClient) {
         home: "/root".into(),
         init_systemd: false,
         ..Default::default()
-        ..Default::default()
     };
     timeout(LONG, guest.personalise(who)).await.unwrap().unwrap();
 }
