@@ -351,6 +351,8 @@ mod tests {
             let h = host_at(dir, root.clone());
             let seed = h.store.dir_of(&h.image).join("work-seed.ext4");
             fs_err::write(&seed, vec![7; MIB as usize]).unwrap();
+            crate::store::tests::replant(&h.store, &h.image);
+            h.store.open(&h.image).unwrap();
             fs_err::write(root.join("ballast"), vec![7; (MIB + MIB / 2) as usize]).unwrap();
             let err = h.disks.work(&h.store, VmId::new(), &h.image, UID, 16).unwrap_err();
             assert_eq!(err.code, Code::ResourceExhausted, "{err}");

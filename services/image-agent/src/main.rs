@@ -7,6 +7,7 @@ mod build;
 mod builds;
 mod clone;
 mod cpio;
+mod digest;
 mod disks;
 mod fault;
 mod initramfs;

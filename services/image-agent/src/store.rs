@@ -4,6 +4,13 @@
 //! that is removed is gone. Everything here is public and read-only, since the VMMs' users read it. A directory
 //! becomes an image by one rename; names with a dot in front are builds under way.
 
+mod blobs;
+mod check;
+mod publish;
+
+pub(crate) use blobs::Garbage;
+pub(crate) use publish::Over;
+
 use crate::fault;
 use bothy_contract::{
     Code, Error, ImageName,
@@ -13,10 +20,9 @@ use sha2::{Digest as _, Sha256};
 use std::{
     io,
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-/// The format of manifests.
-pub(crate) const VERSION: u32 = 1;
 /// The roles that every image has a file for.
 pub(crate) const ROLES: [(&str, &str); 5] = [
     ("rootfs", "rootfs.ext4"),
@@ -30,6 +36,10 @@ pub(crate) const ROLES: [(&str, &str); 5] = [
 #[derive(Debug, Clone)]
 pub(crate) struct Store {
     images: PathBuf,
+    blobs: blobs::Blobs,
+    /// Held while it is changed which files are there: publishing and collecting never meet. Never across slow work.
+    changing: Arc<Mutex<()>>,
+    slow: check::Slow,
 }
 
 /// An image whose files are all there.
@@ -48,13 +58,21 @@ impl Image {
             self.manifest.artifacts.get(role).ok_or_else(|| {
                 unusable(&self.manifest.name, format!("its manifest has no artifact {role}"))
             })?;
+        if let Some(path) = &artifact.path {
+            return Ok((artifact, path.clone()));
+        }
+        let plain = Path::new(&artifact.file).file_name().is_some_and(|f| *f == *artifact.file);
+        if !plain {
+            let is = format!("{:?} is not the name of a file", artifact.file);
+            return Err(unusable(&self.manifest.name, is));
+        }
         Ok((artifact, self.dir.join(&artifact.file)))
     }
 
-    /// One digest of all its files.
+    /// One digest of all its files but the work-seed, which may be made anew at any time.
     pub(crate) fn digest(&self) -> String {
         let mut sha = Sha256::new();
-        for (role, artifact) in &self.manifest.artifacts {
+        for (role, artifact) in self.manifest.artifacts.iter().filter(|(role, _)| *role != "work-seed") {
             sha.update(format!("{role} {}\n", artifact.sha256));
         }
         hex::encode(sha.finalize())
@@ -69,7 +87,23 @@ fn unusable(name: &ImageName, why: impl std::fmt::Display) -> Error {
 impl Store {
     /// The images below `store`.
     pub(crate) fn new(store: &Path) -> Self {
-        Self { images: store.join("images") }
+        Self {
+            images: store.join("images"),
+            blobs: blobs::Blobs::new(store.join("blobs")),
+            changing: Arc::default(),
+            slow: Arc::default(),
+        }
+    }
+
+    /// Held by whoever changes which files are there.
+    fn change(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Removes the blobs that no image and no VM needs.
+    pub(crate) fn collect(&self) -> Result<Vec<Garbage>, Error> {
+        let _lock = self.change();
+        self.blobs.collect()
     }
 
     /// The directory of all images.
@@ -112,29 +146,20 @@ impl Store {
         })?;
         let manifest: ImageManifest = serde_json::from_slice(&data)
             .map_err(|e| unusable(name, format!("{} is not a manifest: {e}", path.display())))?;
-        if manifest.version != VERSION || manifest.name != *name {
+        if manifest.version != ImageManifest::VERSION || manifest.name != *name {
             let is = (&manifest.name, manifest.version);
             return Err(unusable(name, format!("its manifest is that of image {}, version {}", is.0, is.1)));
         }
         Ok(manifest)
     }
 
-    /// One image, every file of it there and of the right size. (The digests were checked when it was made.)
+    /// One image whose files are all there and are what its manifest says, as far as a look at them shows.
     pub(crate) fn open(&self, name: &ImageName) -> Result<Image, Error> {
         let image = Image { dir: self.dir_of(name), manifest: self.show(name)? };
         for (role, _) in ROLES {
-            let (artifact, path) = image.artifact(role)?;
-            let plain = Path::new(&artifact.file).file_name().is_some_and(|f| *f == *artifact.file);
-            if !plain {
-                return Err(unusable(name, format!("{:?} is not the name of a file", artifact.file)));
-            }
-            let meta = fs_err::symlink_metadata(&path)
-                .map_err(|e| unusable(name, format!("{} is missing ({})", path.display(), e.kind())))?;
-            if !meta.is_file() || meta.len() != artifact.size {
-                let is = format!("{} is torn: {} bytes of {}", path.display(), meta.len(), artifact.size);
-                return Err(unusable(name, is));
-            }
+            image.artifact(role)?;
         }
+        self.check(&image, |_| true)?;
         Ok(image)
     }
 }
@@ -151,24 +176,37 @@ pub(crate) mod tests {
         fs_err::create_dir_all(&dir).unwrap();
         let mut artifacts = std::collections::BTreeMap::new();
         for (role, file) in ROLES {
+            // Another file than before, which another image may have.
+            let _ = fs_err::remove_file(dir.join(file));
             fs_err::File::create(dir.join(file)).unwrap().set_len(size).unwrap();
-            let artifact = Artifact { file: file.to_owned(), sha256: format!("{role}-{size}"), size };
+            let sha256 = crate::digest::of_file(&dir.join(file), &crate::digest::on).unwrap();
+            let artifact = Artifact { file: file.to_owned(), sha256, size, path: None, stamp: None };
             artifacts.insert(role.to_owned(), artifact);
         }
         let manifest = ImageManifest {
-            version: VERSION,
-            name,
             architecture: "x86_64".into(),
             created: jiff::Timestamp::UNIX_EPOCH,
             recipe_sha256: "r".into(),
-            init: InitStyle::Systemd,
-            home: "/root".into(),
             wait: vec![WaitService { name: "ssh".into(), port: Some(22), unit: None, timeout_s: 60 }],
             kernel_release: "6.1".into(),
             artifacts,
+            ..ImageManifest::new(name, InitStyle::Systemd)
         };
         fs_err::write(dir.join("manifest.json"), serde_json::to_vec(&manifest).unwrap()).unwrap();
         manifest
+    }
+
+    /// Makes the manifest say what the files of a planted image have become.
+    pub(crate) fn replant(store: &Store, name: &ImageName) {
+        let mut manifest = store.show(name).unwrap();
+        for artifact in manifest.artifacts.values_mut() {
+            let path = store.dir_of(name).join(&artifact.file);
+            artifact.sha256 = crate::digest::of_file(&path, &crate::digest::on).unwrap();
+            artifact.size = fs_err::metadata(&path).unwrap().len();
+            artifact.stamp = None;
+        }
+        let path = store.dir_of(name).join("manifest.json");
+        fs_err::write(path, serde_json::to_vec(&manifest).unwrap()).unwrap();
     }
 
     #[test]

@@ -23,6 +23,8 @@ use std::{
 };
 
 const MIB: u64 = 1 << 20;
+/// The SHA-256 of a MiB of zeros.
+const ZEROS: &str = "30e14955ebf1352266dc2ff8067e68104607e750abb9d3b36582b8af909fcb58";
 
 /// The agent, ended with the test.
 struct Agent(Child);
@@ -79,21 +81,12 @@ impl Host {
         fs_err::create_dir_all(&dir).unwrap();
         let files = ["rootfs", "kernel", "modules", "system-seed", "work-seed"].map(|role| {
             fs_err::File::create(dir.join(role)).unwrap().set_len(MIB).unwrap();
-            let artifact = Artifact { file: role.into(), sha256: "0".into(), size: MIB };
+            let artifact =
+                Artifact { file: role.into(), sha256: ZEROS.into(), size: MIB, path: None, stamp: None };
             (role.to_owned(), artifact)
         });
-        let manifest = ImageManifest {
-            version: 1,
-            name: name.clone(),
-            architecture: "x86_64".into(),
-            created: jiff::Timestamp::now(),
-            recipe_sha256: "0".into(),
-            init: InitStyle::Systemd,
-            home: "/root".into(),
-            wait: vec![],
-            kernel_release: "6.1".into(),
-            artifacts: files.into(),
-        };
+        let manifest =
+            ImageManifest { artifacts: files.into(), ..ImageManifest::new(name.clone(), InitStyle::Systemd) };
         fs_err::write(dir.join("manifest.json"), serde_json::to_vec(&manifest).unwrap()).unwrap();
         name
     }

@@ -1,6 +1,6 @@
 //! Images and the disks of VMs.
 
-use crate::{ImageName, VmId};
+use crate::{ImageName, KernelName, VmId};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, path::PathBuf};
@@ -48,6 +48,50 @@ pub struct Artifact {
     pub sha256: String,
     /// Its size in bytes.
     pub size: u64,
+    /// Where it is, for a file of the host that the image-agent does not own: an absolute path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// The file as it was when its digest was last computed: while this holds, it is not computed again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stamp: Option<Stamp>,
+}
+
+/// What changes when a file is replaced or written to. A hard link has the same one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Stamp {
+    /// Its inode.
+    pub inode: u64,
+    /// When its content last changed, in seconds since the epoch.
+    pub mtime: i64,
+    /// And the nanoseconds of that.
+    pub mtime_nsec: i64,
+}
+
+/// What a process in the guest gets where nothing else is said. From an OCI image's configuration, for instance.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Defaults {
+    /// The user, by name or number: `root` where none is named.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// Its environment, each `NAME=value`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub env: Vec<String>,
+    /// Its directory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub working_dir: Option<String>,
+    /// What the image would run. bothy starts no such thing by itself.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub entrypoint: Vec<String>,
+    /// The arguments that go with it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub command: Vec<String>,
+}
+
+impl Defaults {
+    /// Whether nothing is said.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// The manifest of an image: `manifest.json` in its directory is the truth, and no table repeats it.
@@ -71,8 +115,54 @@ pub struct ImageManifest {
     pub wait: Vec<WaitService>,
     /// The release of its kernel: `6.1.0-56-cloud-amd64`.
     pub kernel_release: String,
-    /// By role: `rootfs`, `kernel`, `modules`, `system-seed`, `work-seed`.
+    /// By role: `rootfs`, `kernel`, `modules`, `system-seed`, `work-seed`, and for some images `initrd`.
     pub artifacts: BTreeMap<String, Artifact>,
+    /// What it was made from, for people: `recipe debian`, `registered`, `docker.io/library/busybox@sha256:...`.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub origin: String,
+    /// The kernel of the catalogue that it boots, where it has not one of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<KernelName>,
+    /// Directories of a new home that nobody else may enter, relative to it: a work-seed is made with them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub private: Vec<String>,
+    /// What went into the work-seed. Another one than a seed made now would have: the seed is stale.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed_fingerprint: Option<String>,
+    /// What a process in the guest gets where nothing else is said.
+    #[serde(default, skip_serializing_if = "Defaults::is_empty")]
+    pub defaults: Defaults,
+}
+
+impl ImageManifest {
+    /// The format that this build writes and reads.
+    pub const VERSION: u32 = 1;
+
+    /// The manifest of an image made now, on this machine's architecture, of root's home and without files so far.
+    pub fn new(name: ImageName, init: InitStyle) -> Self {
+        Self {
+            version: Self::VERSION,
+            name,
+            architecture: std::env::consts::ARCH.to_owned(),
+            created: Timestamp::now(),
+            recipe_sha256: String::new(),
+            init,
+            home: "/root".to_owned(),
+            wait: Vec::new(),
+            kernel_release: String::new(),
+            artifacts: BTreeMap::new(),
+            origin: String::new(),
+            kernel: None,
+            private: Vec::new(),
+            seed_fingerprint: None,
+            defaults: Defaults::default(),
+        }
+    }
+
+    /// Whether all its files are the image-agent's own. Else it boots files of the host that somebody else may change.
+    pub fn is_managed(&self) -> bool {
+        self.artifacts.values().all(|a| a.path.is_none())
+    }
 }
 
 /// Asks for one image.

@@ -8,6 +8,7 @@
 //! Agents are upgraded one at a time under running VMs, so a field is added with `#[serde(default)]`, never renamed
 //! or given another meaning; a method is replaced by one with a new verb, and the old one goes a release later.
 
+pub mod catalogue;
 pub mod error;
 pub mod guest;
 pub mod id;
@@ -24,4 +25,4 @@ pub mod workspace;
 pub use error::{Code, Error};
 pub use id::{OpId, RequestId, TicketId, VmId};
 pub use methods::{Method, MethodInfo, Service};
-pub use name::{HostToken, ImageName, VmName};
+pub use name::{HostToken, ImageName, KernelName, VmName};

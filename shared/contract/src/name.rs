@@ -68,6 +68,52 @@ labels! {
     HostToken, "host token";
 }
 
+/// The name of a kernel in the catalogue: mostly its release, `6.1.0-56-cloud-amd64`, so it may have dots and more.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct KernelName(String);
+
+impl KernelName {
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for KernelName {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self, Error> {
+        let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+        let good = (1..=128).contains(&s.len())
+            && s.bytes().all(|b| plain(b) || b"-._+~".contains(&b))
+            && s.bytes().next().is_some_and(plain);
+        if good {
+            return Ok(Self(s.to_owned()));
+        }
+        Err(Error::invalid(format!("{s:?} is not a valid kernel name"))
+            .hint("use 1 to 128 of `a-z`, `0-9` and `-._+~`, a letter or a digit first"))
+    }
+}
+
+impl TryFrom<String> for KernelName {
+    type Error = Error;
+    fn try_from(s: String) -> Result<Self, Error> {
+        s.parse()
+    }
+}
+
+impl From<KernelName> for String {
+    fn from(n: KernelName) -> String {
+        n.0
+    }
+}
+
+impl fmt::Display for KernelName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
 impl ImageName {
     /// The image that is used where none is named.
     pub fn default_image() -> Self {
@@ -78,6 +124,16 @@ impl ImageName {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_of_kernels_never_leave_their_directory() {
+        for good in ["6.1.0-56-cloud-amd64", "a", "6.12+deb13", "x_y~1"] {
+            assert!(good.parse::<KernelName>().is_ok(), "{good}");
+        }
+        for bad in ["", ".", "..", ".a", "-a", "A", "a/b", "a b", "a\n", &"x".repeat(129)] {
+            assert!(bad.parse::<KernelName>().is_err(), "{bad:?}");
+        }
+    }
 
     #[test]
     fn labels_are_checked() {

@@ -18,11 +18,14 @@ use crate::{
     recipe::Recipe,
     store::Store,
 };
-use bothy_contract::{Error, ImageName};
+use bothy_contract::{Code, Error, ImageName};
 use std::{
     fmt,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 use tokio_util::sync::CancellationToken;
 
@@ -44,6 +47,24 @@ pub(crate) struct Stage {
 impl fmt::Debug for Stage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Stage").field("cancelled", &self.cancel.is_cancelled()).finish_non_exhaustive()
+    }
+}
+
+impl Stage {
+    /// A beat for work on `total` bytes: it tells how far that is, and stops it where the stage is to stop.
+    pub(crate) fn bytes(&self, total: u64) -> impl Fn(u64) -> Result<(), Error> + Send + Sync + use<> {
+        let (with, done) = (self.clone(), AtomicU64::new(0));
+        move |n| {
+            if with.cancel.is_cancelled() {
+                return Err(Error::new(Code::Cancelled, "it was stopped on request"));
+            }
+            let before = done.fetch_add(n, Ordering::Relaxed);
+            // Not each of them: thousands of reports would only be thrown away.
+            if before >> 24 != (before + n) >> 24 {
+                (with.progress)(before + n, Some(total), "bytes");
+            }
+            Ok(())
+        }
     }
 }
 
@@ -87,7 +108,7 @@ impl Build {
             "pack_rootfs" => self.pack_rootfs(with).await,
             "kernel" => self.kernel(with).await,
             "seeds" => self.seeds(with).await,
-            "finish" => self.finish().await,
+            "finish" => self.finish(with).await,
             other => Err(Error::invalid(format!("a build has no stage {other}"))),
         }
     }
@@ -109,19 +130,20 @@ impl Build {
     }
 }
 
-/// Removes the directories of builds that no process is working on any more. To be called before any build begins.
+/// Removes what no process is working on any more: half-made images, and images half removed. To be called before any
+/// operation begins or goes on.
 pub(crate) fn sweep(store: &Store) -> Result<(), Error> {
     let failed = |e: std::io::Error| fault::io("cannot sweep the image store", &e);
     for entry in fs_err::read_dir(store.dir()).map_err(failed)? {
         let entry = entry.map_err(failed)?;
-        if entry.file_name().as_encoded_bytes().starts_with(PREFIX.as_bytes()) {
+        if entry.file_name().as_encoded_bytes().starts_with(b".") {
             remove(&entry.path())?;
         }
     }
     Ok(())
 }
 
-fn remove(work: &Path) -> Result<(), Error> {
+pub(crate) fn remove(work: &Path) -> Result<(), Error> {
     match fs_err::remove_dir_all(work) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
             Err(fault::io("cannot remove what a build left", &e))
