@@ -40,6 +40,8 @@ pub fn path_with_tools() -> OsString {
 
 /// Points `config` at this checkout's recipes, guest binary and bus server.
 pub fn configure(config: &mut Config) {
+    // A host makes templates in the background, which costs a boot each; the tests of templates ask for them.
+    config.template.max = 0;
     config.image.recipe_dir = workspace_dir().join("guest/images");
     config.image.guest_binary = target_dir().join("x86_64-unknown-linux-gnu/guest/bothy-guest");
     let server = target_dir().join("tools/nats-server");

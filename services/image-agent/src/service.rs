@@ -60,19 +60,18 @@ pub(crate) async fn run(
         .serve::<ImageRootfsPrepare, _, _>(on!(|a, ask| {
             match ask.template {
                 None => a.disks.rootfs(&a.store, ask.vm, &ask.image, ask.uid, ask.system_mib),
-                Some(template) => {
-                    a.disks.rootfs_of_template(template, ask.vm, ask.uid, ask.system_mib)
-                }
+                Some(template) => a.disks.rootfs_of_template(template, ask.vm, ask.uid, ask.system_mib),
             }
         }))
         .serve::<ImageTemplateFreeze, _, _>(on!(|a, ask| a.disks.freeze(ask.vm)))
         .serve::<ImageTemplateForget, _, _>(on!(|a, ask| {
             a.disks.forget_template(ask.template).map(|()| Done {})
         }))
-        .serve::<ImageTemplateList, _, _>(on!(|a, _ask| {
-            Ok(FrozenList { templates: a.disks.frozen()? })
-        }))
+        .serve::<ImageTemplateList, _, _>(on!(|a, _ask| { Ok(FrozenList { templates: a.disks.frozen()? }) }))
         .serve::<ImageWorkDiskPrepare, _, _>(on!(|a, ask| {
+            if ask.placeholder {
+                return a.disks.placeholder(ask.vm, ask.uid);
+            }
             a.disks.work(&a.store, ask.vm, &ask.image, ask.uid, ask.work_mib)
         }))
         .serve::<ImageDisksRelease, _, _>(on!(|a, ask| a.disks.release(ask.vm).map(|()| Done {})))

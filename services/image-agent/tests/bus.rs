@@ -117,7 +117,7 @@ async fn images_and_disks_over_the_bus() {
     let (vm, uid) = (VmId::new(), host.bus.config.vm.uid_base + 3);
     let ask = PrepareRootfs { vm, image: image.clone(), uid, system_mib: 64, template: None };
     let rootfs = vm_agent.call::<ImageRootfsPrepare>(&ask).await.unwrap();
-    let ask = PrepareWorkDisk { vm, image: image.clone(), uid, work_mib: 128 };
+    let ask = PrepareWorkDisk { vm, image: image.clone(), uid, work_mib: 128, placeholder: false };
     let work = vm_agent.call::<ImageWorkDiskPrepare>(&ask).await.unwrap();
     for (path, mib) in [(&rootfs.system, 64), (&work.path, 128)] {
         let meta = fs_err::metadata(path).unwrap();

@@ -48,6 +48,7 @@ async fn run(args: Args, shutdown: CancellationToken) -> Result<(), Error> {
     ops.resume().await?;
     lifecycle::machine::start_all(&agent, &ops).await?;
     tokio::spawn(agent.clone().try_kvm());
+    tokio::spawn(lifecycle::template::run(agent.clone(), ops.clone()));
     let tickets = channel::tickets(&agent);
     let serving = tokio::spawn(channel::serve(tickets.clone(), shutdown.clone()));
     let service =

@@ -8,7 +8,7 @@ use crate::{
         boot::BootInput,
         end::MAX_GRACE_MS,
         kinds::CREATE,
-        machine, set,
+        machine, set, template,
     },
     phase::Phase,
     stats,
@@ -20,7 +20,8 @@ use bothy_contract::{
     Error, RequestId, VmId, VmName,
     methods::{
         VmChannelOpen, VmCreate, VmDelete, VmHostShow, VmKill, VmListAll, VmLogOpen, VmOpCancel, VmOpList,
-        VmOpShow, VmPortsList, VmRestart, VmSet, VmShow, VmStart, VmStatsShow, VmStop,
+        VmOpShow, VmPortsList, VmRestart, VmSet, VmShow, VmStart, VmStatsShow, VmStop, VmTemplateList,
+        VmTemplateMake,
     },
     op::Begun,
     vm::{CreateVm, VmHost, VmList},
@@ -87,7 +88,8 @@ pub(crate) async fn run(
         }))
         .serve::<VmListAll, _, _>(on!(|s, _cx, _ask| {
             let vms = s.agent.db.read(store::all).await?;
-            Ok(VmList { vms: vms.iter().map(Vm::record).collect() })
+            let shown = vms.iter().filter(|vm| vm.facts.template.is_none());
+            Ok(VmList { vms: shown.map(Vm::record).collect() })
         }))
         .serve::<VmShow, _, _>(on!(|s, _cx, ask| Ok(s.agent.vm(ask.vm).await?.record())))
         .serve::<VmStatsShow, _, _>(on!(|s, _cx, ask| stats::show(&s.agent, ask).await))
@@ -97,6 +99,10 @@ pub(crate) async fn run(
         }))
         .serve::<VmLogOpen, _, _>(on!(|s, _cx, ask| channel::open_log(&s.agent, &s.tickets, ask).await))
         .serve::<VmHostShow, _, _>(on!(|s, _cx, _ask| host(&s.agent).await))
+        .serve::<VmTemplateMake, _, _>(on!(|s, cx, ask| {
+            template::make(&s.agent, &s.ops, ask, Some(cx.request_id)).await
+        }))
+        .serve::<VmTemplateList, _, _>(on!(|s, _cx, _ask| s.agent.templates().await))
         .serve::<VmOpShow, _, _>(on!(|s, _cx, ask| s.ops.show(ask).await))
         .serve::<VmOpList, _, _>(on!(|s, _cx, ask| s.ops.list(ask).await))
         .serve::<VmOpCancel, _, _>(on!(|s, _cx, ask| s.ops.cancel(ask).await))
@@ -113,14 +119,14 @@ impl Service {
             Some(name) => name.clone(),
             None => free_name(vm)?,
         };
-        let CreateVm { spec, owner, force, cold: _ } = ask;
+        let CreateVm { spec, owner, force, cold } = ask;
         let facts = Facts {
             egress: spec.reaches(),
             publish: spec.publish.clone(),
             ..Facts::new(vm, name.clone(), owner, spec.image.clone(), spec.shape.clone())
         };
         let (asked_mib, machine_id) = (spec.shape.memory_mib, facts.machine_id.clone());
-        let input = serde_json::to_value(BootInput { name: name.clone(), spec, machine_id })
+        let input = serde_json::to_value(BootInput { name: name.clone(), spec, machine_id, cold })
             .map_err(|e| Error::internal("cannot keep the request", &e))?;
         let new = machine::new(CREATE, vm, &name, owner, Some(cx.request_id), input);
         let host = self.agent.clone();

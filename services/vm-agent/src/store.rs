@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) const MIGRATIONS: &[&str] = &[
     bothy_ops::SCHEMA,
     "CREATE TABLE vm(id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, data TEXT NOT NULL, vmm TEXT) STRICT;",
+    crate::lifecycle::template::store::SCHEMA,
 ];
 
 /// All that the agent knows of a VM.
@@ -55,6 +56,9 @@ pub(crate) struct Facts {
     pub(crate) busy: Option<OpId>,
     pub(crate) last_exit: Option<ExitRecord>,
     pub(crate) started: Option<Timestamp>,
+    /// The key of the template that it is to become: then it is nobody's VM, and no list shows it.
+    #[serde(default)]
+    pub(crate) template: Option<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -82,6 +86,7 @@ impl Facts {
             busy: None,
             last_exit: None,
             started: None,
+            template: None,
         }
     }
 }

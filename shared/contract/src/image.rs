@@ -283,6 +283,9 @@ pub struct PrepareWorkDisk {
     pub uid: u32,
     /// Its size in MiB; the guest grows the file system to it.
     pub work_mib: u64,
+    /// Make an empty file that is smaller than any disk instead, for the guest of a template, which does not look at it.
+    #[serde(default)]
+    pub placeholder: bool,
 }
 
 /// A VM's work disk.
@@ -290,7 +293,7 @@ pub struct PrepareWorkDisk {
 pub struct WorkDisk {
     /// The disk.
     pub path: PathBuf,
-    /// How it was made: `reflink` or `copy`; `kept` where it was there already.
+    /// How it was made: `reflink` or `copy`; `kept` where it was there already; `placeholder`.
     pub how: String,
 }
 

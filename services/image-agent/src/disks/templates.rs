@@ -5,17 +5,20 @@
 //! the template's own file, moved here once its VMM has ended; it is root's, nothing ever opens it to write, and each VM gets a
 //! clone. A directory is a template once it has that name: it is filled under another one.
 
-use super::{BASE, Disks, SYSTEM, check_size};
+use super::{BASE, Disks, SYSTEM, WORK, check_size};
 use crate::fault;
 use bothy_contract::{
     Code, Error, VmId,
-    image::{FrozenDisks, Rootfs},
+    image::{FrozenDisks, Rootfs, WorkDisk},
 };
 use std::{
     io,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::PathBuf,
 };
+
+/// The size of a placeholder, in bytes.
+const PLACEHOLDER: u64 = 1 << 20;
 
 impl Disks {
     /// Makes the disks of `vm`, whose VMM has ended, those of a template with its id.
@@ -56,6 +59,30 @@ impl Disks {
         let meta = fs_err::symlink_metadata(to.join(SYSTEM))
             .map_err(|e| fault::io(format!("cannot look at the disks of template {vm}"), &e))?;
         Ok(FrozenDisks { allocated: meta.blocks() * 512 })
+    }
+
+    /// A file in the place of the work disk of `vm`, which is to become a template: empty, and smaller than any disk, so that a
+    /// guest sees when it has another.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub(crate) fn placeholder(&self, vm: VmId, uid: u32) -> Result<WorkDisk, Error> {
+        self.check_uid(uid)?;
+        let home = self.dir.join(vm.to_string());
+        let path = home.join(WORK);
+        let empty = || {
+            self.make_home(&home)?;
+            let file = fs_err::File::create(&path)?;
+            file.set_len(PLACEHOLDER)?;
+            fs_err::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
+            std::os::unix::fs::fchown(&file, Some(uid), None)
+        };
+        empty().map_err(|e| {
+            let _ = fs_err::remove_file(&path);
+            self.remove_empty(&home);
+            fault::io(format!("cannot make a placeholder for the work disk of VM {vm}"), &e)
+        })?;
+        Ok(WorkDisk { path, how: "placeholder".to_owned() })
     }
 
     /// Makes the base and the system overlay of `vm` ready, as the template has them.
@@ -154,7 +181,8 @@ mod tests {
         let h = host();
         let maker = VmId::new();
         let made = h.disks.rootfs(&h.store, maker, &h.image, UID, 16).unwrap();
-        h.disks.work(&h.store, maker, &h.image, UID, 16).unwrap();
+        let work = h.disks.placeholder(maker, UID).unwrap();
+        assert_eq!(fs_err::metadata(&work.path).unwrap().len(), PLACEHOLDER);
         let base = fs_err::metadata(&made.base).unwrap().ino();
         fs_err::write(&made.system, vec![7; 5000]).unwrap();
         fs_err::File::options().write(true).open(&made.system).unwrap().set_len(16 * MIB).unwrap();

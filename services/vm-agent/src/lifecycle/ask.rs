@@ -132,5 +132,5 @@ fn boot_input(vm: &Vm, identity: &Identity) -> BootInput {
         publish: facts.publish,
         identity: identity.clone(),
     };
-    BootInput { name: facts.name, spec, machine_id: facts.machine_id }
+    BootInput { name: facts.name, spec, machine_id: facts.machine_id, cold: false }
 }

@@ -1,40 +1,44 @@
 //! The stages of a create, and of a start, which is the same from the network on but keeps what it finds: then disks and
-//! lease are there, asking for them again gives the same ones, and failing takes none of them away.
+//! lease are there, asking for them again gives the same ones, and failing takes none of them away. A create resumes its guest
+//! from a template where there is one ([`super::template`]), and boots it otherwise; a start boots.
 //!
 //! ```text
-//!  resolve_image -> acquire_network -> prepare_rootfs | prepare_work_disk -> launch_vmm -> wait_guest -> personalise
-//!                   host_key ------------------------------------------------------------------------------^  |
-//!                                                         publish_dns | sync_identity | wait_services  <-------'
+//!  resolve_image -> acquire_network -> prepare_rootfs | prepare_work_disk -> resume -> launch_vmm -> wait_guest -> personalise
+//!          | '----> find_template -------^                                    ^ (in a create)                        ^  |
+//!          '------> host_key -------------------------------------------------'--------------------------------------'  |
+//!                                                         publish_dns | sync_identity | wait_services  <----------------'
 //! ```
 
-use super::{Agent, files, guest::Guest};
+use super::{
+    Agent, files,
+    guest::{Guest, Identity as GuestIdentity, plain_id},
+    launch::{Machine, note_launch, vmm_name},
+    stages::Stages,
+};
 use crate::phase::{Placed, Vmm};
 use bothy_contract::{
     Code, Error, VmId, VmName,
     guest::BootStep,
-    image::{BootSet, ImageRef, PrepareRootfs, PrepareWorkDisk, ReleaseDisks, Rootfs, WorkDisk},
+    image::{BootSet, PrepareRootfs, PrepareWorkDisk, ReleaseDisks, Rootfs, WorkDisk},
     methods::{
-        ImageDisksRelease, ImageResolve, ImageRootfsPrepare, ImageWorkDiskPrepare, NetLeaseAcquire,
-        NetLeaseRelease, NetNameSet, WorkspaceIdentitySync,
+        ImageDisksRelease, ImageRootfsPrepare, ImageWorkDiskPrepare, NetLeaseAcquire, NetLeaseRelease,
+        WorkspaceIdentitySync,
     },
-    net::{AcquireLease, Egress, Lease, NameVm, ReleaseLease},
-    vm::{Shape, VmSpec},
+    net::{AcquireLease, Egress, Lease, ReleaseLease},
+    vm::VmSpec,
     workspace::{Identity, SyncIdentity},
 };
-use bothy_guest_proto::v1::HealthReply;
-use bothy_ops::{Graph, Output, StageCx, UndoCx};
-use bothy_vm_agent::host::cgroup::Bounds;
+use bothy_ops::{Graph, Output, StageCx};
 use bothy_vm_agent::vmm::{
-    Accel, LaunchSpec, Memory, Origin, VmPlan,
-    holder::Holder,
+    Memory,
     liveness::{self, Liveness},
     wire::{self, HolderHandle},
 };
 use serde::{Deserialize, Serialize};
-use std::{os::unix::fs::MetadataExt, path::PathBuf, time::Duration};
+use std::time::Duration;
 
 /// How long the guest may take to become what it is told to be.
-const PERSONALISE: Duration = Duration::from_secs(120);
+pub(super) const PERSONALISE: Duration = Duration::from_secs(120);
 /// What waiting for services may take beyond their own times.
 const SLACK: Duration = Duration::from_secs(30);
 
@@ -47,6 +51,9 @@ pub(crate) struct BootInput {
     pub(crate) spec: VmSpec,
     /// The guest's machine-id.
     pub(crate) machine_id: String,
+    /// Whether a create is to boot even if there is a template.
+    #[serde(default)]
+    pub(crate) cold: bool,
 }
 
 /// Whether the VM is made by this operation, and so unmade when it fails.
@@ -54,6 +61,22 @@ pub(crate) struct BootInput {
 pub(crate) enum Mode {
     Create,
     Start,
+}
+
+/// What a VM's root lies on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Root {
+    pub(super) disks: Rootfs,
+    /// The template whose overlay it began with.
+    pub(super) template: Option<VmId>,
+}
+
+/// A VMM that a stage has started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Up {
+    pub(super) handle: HolderHandle,
+    /// Whether its guest was resumed, and has its identity: else it boots.
+    pub(super) resumed: bool,
 }
 
 /// Adds the stages of a create or start to `g`; those of a restart begin once `stopped`.
@@ -65,126 +88,57 @@ pub(crate) fn add(
     mode: Mode,
     stopped: Option<Output<()>>,
 ) {
-    let BootInput { name, spec, machine_id } = input;
-    let making = mode == Mode::Create;
-
-    let a = agent.clone();
-    let image = spec.image.clone();
-    let resolve = move |cx: StageCx, ()| async move {
-        cx.unless_stopped(a.bus.call::<ImageResolve>(&ImageRef { image })).await
-    };
+    let mut add = Stages { g, agent: agent.clone(), vm, input, making: mode == Mode::Create };
     let boot = match stopped {
-        None => g.stage("resolve_image", (), resolve),
-        Some(stopped) => g.stage("resolve_image", stopped, resolve),
+        None => add.resolve(()),
+        Some(stopped) => add.resolve(stopped),
     };
-
-    let (a, undo, s) = (agent.clone(), agent.clone(), spec.clone());
-    let lease = g.undoable(
-        "acquire_network",
-        boot,
-        move |cx, _| acquire_network(a, cx, vm, s),
-        move |_| unmake_network(undo.clone(), vm, making),
-    );
-    let (a, undo) = (agent.clone(), agent.clone());
-    let key = g.undoable(
-        "host_key",
-        boot,
-        move |_, _| async move { files::make_host_key(&a.state_dir(), vm).await },
-        move |_| {
-            let undo = undo.clone();
-            async move { if making { files::remove_vm(&undo.state_dir(), vm) } else { Ok(()) } }
-        },
-    );
-    let (a, undo, s) = (agent.clone(), agent.clone(), spec.clone());
-    let rootfs = g.undoable(
-        "prepare_rootfs",
-        lease,
-        move |_, lease| async move {
-            let system_mib = s.shape.system_mib;
-            a.bus
-                .call::<ImageRootfsPrepare>(&PrepareRootfs { vm, image: s.image, uid: lease.uid, system_mib, template: None })
-                .await
-        },
-        move |_| unmake_disks(undo.clone(), vm, making),
-    );
-    let (a, undo, s) = (agent.clone(), agent.clone(), spec.clone());
-    let work = g.undoable(
-        "prepare_work_disk",
-        lease,
-        move |cx, lease| async move {
-            let work_mib = s.shape.work_mib;
-            let disk = a
-                .bus
-                .call::<ImageWorkDiskPrepare>(&PrepareWorkDisk {
-                    vm,
-                    image: s.image,
-                    uid: lease.uid,
-                    work_mib,
-                })
-                .await?;
-            cx.note(match disk.how.as_str() {
-                "kept" => "the disk that was there".to_owned(),
-                how => format!("work-seed cloned by {how}"),
-            });
-            Ok(disk)
-        },
-        move |_| unmake_disks(undo.clone(), vm, making),
-    );
-    let (a, undo, n, s) = (agent.clone(), agent.clone(), name.clone(), spec.clone());
-    let handle = g.undoable(
-        "launch_vmm",
-        (boot, lease, (rootfs, work)),
-        move |cx, (boot, lease, disks)| launch(a, cx, vm, n, s, boot, lease, disks),
-        move |cx| unlaunch(undo.clone(), cx, vm),
-    );
-    let a = agent.clone();
-    let answered = g.stage("wait_guest", (lease, handle), move |cx, (lease, handle)| {
-        wait_guest(a, cx, vm, lease, handle)
-    });
-
-    let (a, n) = (agent.clone(), name.clone());
-    let personal = g.stage(
-        "personalise",
-        (boot, lease, handle, answered, key),
-        move |cx, (boot, lease, handle, (), ())| async move {
-            let guest = guest(&a, vm, &lease, handle);
-            let key = files::host_key(&a.state_dir(), vm)?;
-            let work = guest.personalise(n.as_str(), &machine_id, &lease, &boot, key);
-            cx.unless_stopped(guest.alive_within("giving the guest its identity", PERSONALISE, work)).await
-        },
-    );
-    let (a, undo) = (agent.clone(), agent.clone());
-    g.undoable(
-        "publish_dns",
-        personal,
-        move |_, ()| async move {
-            a.bus.call::<NetNameSet>(&NameVm { vm, name }).await?;
-            Ok(())
-        },
-        move |_| {
-            let undo = undo.clone();
-            async move { undo.unpublish_dns(vm).await }
-        },
-    );
-    let (a, identity) = (agent.clone(), spec.identity);
-    g.stage("sync_identity", (boot, personal), move |cx, (boot, ())| {
-        sync_identity(a, cx, vm, boot, identity)
-    });
-
-    let a = agent.clone();
-    let steps =
-        g.stage("wait_services", (boot, lease, handle, personal), move |cx, (boot, lease, handle, ())| {
-            wait_services(a, cx, vm, boot, lease, handle)
-        });
+    let lease = add.network(boot);
+    let key = add.host_key(boot);
+    let up = match mode {
+        Mode::Create => {
+            let template = add.find_template(boot);
+            let root = add.rootfs((lease, template));
+            let work = add.work_disk(lease, false);
+            let up = add.resume((boot, lease, root, work, key));
+            add.launch((boot, lease, root, work, up), Memory::Own)
+        }
+        Mode::Start => {
+            let root = add.rootfs((lease, ()));
+            let work = add.work_disk(lease, false);
+            add.launch((boot, lease, root, work, ()), Memory::Own)
+        }
+    };
+    let answered = add.wait_guest(lease, up);
+    let personal = add.personalise((boot, lease, up, answered, key));
+    add.publish_dns(personal);
+    add.sync_identity(boot, personal);
+    let steps = add.wait_services(boot, lease, up, personal);
     g.result(steps);
 }
 
+/// Who the guest of a VM is.
+pub(super) fn identity(agent: &Agent, vm: VmId, input: &BootInput) -> Result<GuestIdentity, Error> {
+    Ok(GuestIdentity {
+        hostname: input.name.to_string(),
+        machine_id: input.machine_id.clone(),
+        key: files::host_key(&agent.state_dir(), vm)?,
+        work_mib: input.spec.shape.work_mib,
+        template: false,
+    })
+}
+
 /// The way to the guest of a VM that this operation has booted.
-fn guest(agent: &Agent, vm: VmId, lease: &Lease, handle: HolderHandle) -> Guest {
+pub(super) fn guest(agent: &Agent, vm: VmId, lease: &Lease, handle: HolderHandle) -> Guest {
     Guest::new(Placed { lease: lease.clone() }.holder(&agent.config, vm), handle)
 }
 
-async fn acquire_network(agent: Agent, cx: StageCx, vm: VmId, spec: VmSpec) -> Result<Lease, Error> {
+pub(super) async fn acquire_network(
+    agent: Agent,
+    cx: StageCx,
+    vm: VmId,
+    spec: VmSpec,
+) -> Result<Lease, Error> {
     let egress = spec.reaches();
     let nat = egress == Egress::Open;
     let ask = AcquireLease { vm, nat, egress: Some(egress), publish: Some(spec.publish) };
@@ -200,80 +154,72 @@ async fn acquire_network(agent: Agent, cx: StageCx, vm: VmId, spec: VmSpec) -> R
     Ok(lease)
 }
 
-async fn unmake_network(agent: Agent, vm: VmId, making: bool) -> Result<(), Error> {
-    if making {
-        agent.bus.call::<NetLeaseRelease>(&ReleaseLease { vm }).await?;
-    }
-    Ok(())
+pub(super) async fn release_network(agent: &Agent, vm: VmId) -> Result<(), Error> {
+    agent.bus.call::<NetLeaseRelease>(&ReleaseLease { vm }).await.map(drop)
 }
 
-async fn unmake_disks(agent: Agent, vm: VmId, making: bool) -> Result<(), Error> {
-    if making {
-        agent.bus.call::<ImageDisksRelease>(&ReleaseDisks { vm }).await?;
-    }
-    Ok(())
+pub(super) async fn release_disks(agent: &Agent, vm: VmId) -> Result<(), Error> {
+    agent.bus.call::<ImageDisksRelease>(&ReleaseDisks { vm }).await.map(drop)
 }
 
-#[expect(clippy::too_many_arguments, reason = "the outputs of all earlier stages")]
-async fn launch(
-    agent: Agent,
-    cx: StageCx,
+/// The root's disks. Where those of the template cannot be had, the image's: then the guest boots.
+pub(super) async fn prepare_rootfs(
+    agent: &Agent,
+    cx: &StageCx,
     vm: VmId,
-    name: VmName,
-    spec: VmSpec,
-    boot: BootSet,
-    lease: Lease,
-    (rootfs, work): (Rootfs, WorkDisk),
-) -> Result<HolderHandle, Error> {
+    spec: &VmSpec,
+    lease: &Lease,
+    template: Option<VmId>,
+) -> Result<Root, Error> {
+    let ask = PrepareRootfs {
+        vm,
+        image: spec.image.clone(),
+        uid: lease.uid,
+        system_mib: spec.shape.system_mib,
+        template,
+    };
+    if template.is_some() {
+        match agent.bus.call::<ImageRootfsPrepare>(&ask).await {
+            Ok(disks) => return Ok(Root { disks, template }),
+            Err(error) => cx.note(format!("the template's disk cannot be had, so it boots: {error}")),
+        }
+    }
+    let disks = agent.bus.call::<ImageRootfsPrepare>(&PrepareRootfs { template: None, ..ask }).await?;
+    Ok(Root { disks, template: None })
+}
+
+pub(super) async fn prepare_work_disk(
+    agent: &Agent,
+    vm: VmId,
+    spec: &VmSpec,
+    lease: &Lease,
+    placeholder: bool,
+) -> Result<WorkDisk, Error> {
+    let (image, uid, work_mib) = (spec.image.clone(), lease.uid, spec.shape.work_mib);
+    agent.bus.call::<ImageWorkDiskPrepare>(&PrepareWorkDisk { vm, image, uid, work_mib, placeholder }).await
+}
+
+pub(super) async fn launch(agent: &Agent, cx: &StageCx, machine: Machine<'_>) -> Result<Up, Error> {
     let begun = wire::monotonic_now()?;
-    let choice = agent.choice(&boot).await?;
-    let (driver, accel) = (&choice.driver, choice.finding.as_ref().map_or(Accel::Tcg, |f| f.accel));
-    let vmm = format!("{} {} ({accel})", driver.name(), driver.version());
+    let vm = machine.vm;
     // A crash may have come after the launch, or while it was under way: then the holder says so itself, once it is done.
-    let holder = Placed { lease: lease.clone() }.holder(&agent.config, vm);
+    let holder = Placed { lease: machine.lease.clone() }.holder(&agent.config, vm);
     let quiet = holder.quiet().await?;
     let there = match liveness::look(&holder, None).await {
         Liveness::Alive(status) => Some(status.handle),
         _ => None,
     };
     drop(quiet);
+    let (vmm, shape) = (vmm_name(agent, machine.boot).await?, machine.shape.clone());
     let (handle, started) = match there {
         Some(handle) => (handle, None),
         None => {
-            let groups = match accel {
-                Accel::Kvm => kvm_group()?.into_iter().collect(),
-                Accel::Tcg => Vec::new(),
-            };
-            let plan = VmPlan {
-                vm,
-                name: name.to_string(),
-                dir: agent.config.holder_dir(vm),
-                kernel: boot.kernel,
-                initrd: boot.initrd,
-                rootfs: rootfs.base,
-                system: rootfs.system,
-                work: work.path,
-                cpus: spec.shape.cpus,
-                memory_mib: spec.shape.memory_mib,
-                memory: Memory::Own,
-                from: Origin::Boot,
-                tap: lease.tap,
-                mac: lease.mac,
-                uid: lease.uid,
-                groups,
-                accel,
-                tsc_khz: agent.tsc_khz,
-            };
-            let launch =
-                LaunchSpec { cgroup: cgroup(&agent, vm, &spec.shape, accel)?, ..driver.launch_spec(&plan)? };
-            let (_, running) = Holder::launch(&agent.program, &launch).await?;
+            let running = machine.start(agent).await?;
             (running.handle, Some(running.vmm_started))
         }
     };
-    let kept = Vmm { handle, name: vmm.clone(), booted: spec.shape, boot_id: None };
-    agent.update(vm, move |row| row.phase.launch(kept)).await?;
-    agent.machines.look(vm);
     let process = format!("{vmm}, process {}", handle.vmm.pid);
+    note_launch(agent, vm, Vmm { handle, name: vmm, booted: shape, boot_id: None }).await?;
     cx.note(match started {
         // Since the stage began. The benchmark reads this number.
         Some(started) => {
@@ -282,40 +228,14 @@ async fn launch(
         // By an earlier run of this stage, which the agent did not survive.
         None => process,
     });
-    Ok(handle)
+    Ok(Up { handle, resumed: false })
 }
 
-/// The control group of `vm`, made, where this host has such.
-fn cgroup(agent: &Agent, vm: VmId, shape: &Shape, accel: Accel) -> Result<Option<PathBuf>, Error> {
-    let groups = agent.cgroups.as_ref().ok();
-    groups.map(|groups| groups.create(vm, &Bounds::of(shape, accel))).transpose()
-}
-
-/// The group that the VM's user must be in to open `/dev/kvm`.
-fn kvm_group() -> Result<Option<u32>, Error> {
-    let meta = fs_err::metadata("/dev/kvm").map_err(|e| Error::internal("cannot look at /dev/kvm", &e))?;
-    group_for(meta.gid(), meta.mode())
-}
-
-/// The group that opens a device of that group and mode; `None` where everybody may. Never root's, to which much more than
-/// a device is open.
-fn group_for(gid: u32, mode: u32) -> Result<Option<u32>, Error> {
-    match (mode & 0o006 == 0o006, gid != 0 && mode & 0o060 == 0o060) {
-        (true, _) => Ok(None),
-        (false, true) => Ok(Some(gid)),
-        (false, false) => Err(Error::new(
-            Code::FailedPrecondition,
-            format!("no VM's user can open /dev/kvm: its group is {gid}, its mode {:o}", mode & 0o777),
-        )
-        .hint("give it to a group of its own: `chgrp kvm /dev/kvm; chmod 660 /dev/kvm`, or set `vm.accelerator = \"tcg\"`")),
-    }
-}
-
-async fn unlaunch(agent: Agent, _: UndoCx, vm: VmId) -> Result<(), Error> {
+pub(super) async fn unlaunch(agent: Agent, vm: VmId) -> Result<(), Error> {
     agent.remove_holder(vm).await
 }
 
-async fn wait_guest(
+pub(super) async fn wait_guest(
     agent: Agent,
     cx: StageCx,
     vm: VmId,
@@ -330,16 +250,11 @@ async fn wait_guest(
         "agent {} answers",
         health.version.chars().filter(|c| !c.is_control()).take(40).collect::<String>()
     ));
-    let boot_id = boot_id(&health);
+    let boot_id = plain_id(&health.boot_id);
     agent.note_boot_id(vm, boot_id).await
 }
 
-/// The boot id that a guest tells: whatever it is, it is short and plain.
-pub(super) fn boot_id(health: &HealthReply) -> String {
-    health.boot_id.chars().filter(char::is_ascii_graphic).take(64).collect()
-}
-
-async fn sync_identity(
+pub(super) async fn sync_identity(
     agent: Agent,
     cx: StageCx,
     vm: VmId,
@@ -359,13 +274,13 @@ async fn sync_identity(
     Ok(())
 }
 
-async fn wait_services(
+pub(super) async fn wait_services(
     agent: Agent,
     cx: StageCx,
     vm: VmId,
     boot: BootSet,
     lease: Lease,
-    handle: HolderHandle,
+    Up { handle, resumed }: Up,
 ) -> Result<Vec<BootStep>, Error> {
     let guest = guest(&agent, vm, &lease, handle);
     if !boot.wait.is_empty() {
@@ -375,6 +290,10 @@ async fn wait_services(
         cx.note(
             cx.unless_stopped(guest.alive_within("waiting for the guest's services", limit, wait)).await?,
         );
+    }
+    if resumed {
+        // Its boot was its template's.
+        return Ok(Vec::new());
     }
     match guest.timeline().await {
         Ok((kernel, steps)) => {
@@ -411,20 +330,5 @@ fn span_name(step: &str) -> &'static str {
         "personalise" => "guest.personalise",
         "init" => "guest.init",
         _ => "guest.step",
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_vms_user_never_gets_roots_group() {
-        assert_eq!(group_for(106, 0o20660).unwrap(), Some(106));
-        assert_eq!(group_for(0, 0o20666).unwrap(), None);
-        assert_eq!(group_for(106, 0o20666).unwrap(), None);
-        for (gid, mode) in [(0, 0o20660), (0, 0o20600), (106, 0o20600), (106, 0o20640)] {
-            assert_eq!(group_for(gid, mode).unwrap_err().code, Code::FailedPrecondition, "{gid} {mode:o}");
-        }
     }
 }

@@ -12,8 +12,8 @@ use bothy_guest_proto::{
     CONTROL_PORT, GuestClient,
     v1::{
         File, GrowDisksRequest, HealthReply, HealthRequest, MetricsReply, MetricsRequest, Nic,
-        PersonaliseRequest, Port, PortsRequest, ShutdownRequest, SyncRequest, TimelineRequest,
-        WaitServiceRequest,
+        PersonaliseRequest, Port, PortsRequest, QuiesceRequest, ShutdownRequest, SyncRequest,
+        TimelineRequest, WaitServiceRequest,
     },
 };
 use bothy_vm_agent::vmm::{
@@ -44,11 +44,28 @@ const MAX_STEP_NAME: usize = 40;
 const CONSOLE_LIMIT: u64 = 4 << 20;
 /// How long a guest may take to find out why a service is not up, after the service's own time.
 const AFTERWORD: Duration = Duration::from_secs(25);
+/// How many things a guest may tell that it could not make quiet.
+const MAX_LEFT: usize = 8;
 /// How many sockets a guest may tell of, and how long the name of a process may be.
 const MAX_PORTS: usize = 256;
 const MAX_PROCESS: usize = 32;
 /// The largest number a guest may tell of itself: what a reader of JSON still gets exactly.
 const MAX_NUMBER: u64 = 1 << 53;
+
+/// Who a guest is to be.
+#[derive(Debug)]
+pub(crate) struct Identity {
+    /// Its host name.
+    pub(crate) hostname: String,
+    /// 32 hex digits.
+    pub(crate) machine_id: String,
+    /// Its ssh host key.
+    pub(crate) key: HostKey,
+    /// The size of its work disk.
+    pub(crate) work_mib: u64,
+    /// Whether it is nobody yet: then it has no home, and looks at no work disk.
+    pub(crate) template: bool,
+}
 
 /// A guest of a living VMM.
 #[derive(Debug, Clone)]
@@ -126,22 +143,20 @@ impl Guest {
         }
     }
 
-    /// Gives the guest its identity.
+    /// Gives the guest its identity, be it one that boots or one that was resumed. Its boot id.
     pub(crate) async fn personalise(
         &self,
-        hostname: &str,
-        machine_id: &str,
+        identity: &Identity,
         lease: &Lease,
         boot: &BootSet,
-        key: HostKey,
-    ) -> Result<(), Error> {
+    ) -> Result<String, Error> {
         let mut entropy = vec![0; ENTROPY];
         getrandom::fill(&mut entropy).map_err(|e| Error::internal("no random bytes", &e))?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let file = |path: &str, content, mode| File { path: path.to_owned(), content, mode };
         let request = PersonaliseRequest {
-            hostname: hostname.to_owned(),
-            machine_id: machine_id.to_owned(),
+            hostname: identity.hostname.clone(),
+            machine_id: identity.machine_id.clone(),
             nic: Some(Nic {
                 mac: lease.mac.clone(),
                 address: lease.address.to_string(),
@@ -155,16 +170,24 @@ impl Guest {
             unix_time_us: u64::try_from(now.as_micros()).unwrap_or(u64::MAX),
             entropy,
             files: vec![
-                file("/etc/ssh/ssh_host_ed25519_key", key.private, 0o600),
-                file("/etc/ssh/ssh_host_ed25519_key.pub", key.public, 0o644),
+                file("/etc/ssh/ssh_host_ed25519_key", identity.key.private.clone(), 0o600),
+                file("/etc/ssh/ssh_host_ed25519_key.pub", identity.key.public.clone(), 0o644),
             ],
-            home: boot.home.clone(),
+            home: if identity.template { String::new() } else { boot.home.clone() },
             init_systemd: boot.init == InitStyle::Systemd,
-            ..Default::default()
+            template: identity.template,
+            work_bytes: if identity.template { 0 } else { identity.work_mib << 20 },
+            restart_units: Vec::new(),
         };
         let mut client = self.client().await?;
-        client.personalise(request).await.map_err(|s| fail("personalise", &s))?;
-        Ok(())
+        let told = client.personalise(request).await.map_err(|s| fail("personalise", &s))?.into_inner();
+        Ok(plain_id(&told.boot_id))
+    }
+
+    /// Has the guest stand still so that it can be saved. What could not be made quiet, by its own word.
+    pub(crate) async fn quiesce(&self) -> Result<Vec<String>, Error> {
+        let told = self.client().await?.quiesce(QuiesceRequest {}).await.map_err(|s| fail("quiesce", &s))?;
+        Ok(told.into_inner().left.iter().take(MAX_LEFT).map(|left| plain(left, MAX_LINE)).collect())
     }
 
     /// Waits until every service is up; says how long each took. One that is not up in its own time, or has failed before it is
@@ -286,6 +309,11 @@ fn port(told: Port) -> Option<GuestPort> {
         port,
         process: (!process.is_empty()).then_some(process),
     })
+}
+
+/// The boot id that a guest tells: whatever it is, it is short and plain.
+pub(crate) fn plain_id(told: &str) -> String {
+    told.chars().filter(char::is_ascii_graphic).take(64).collect()
 }
 
 /// A guest's words without what moves a terminal's cursor, and not more than `most` letters of them.

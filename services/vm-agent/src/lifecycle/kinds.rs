@@ -4,7 +4,13 @@ use super::{
     Agent,
     ask::{RestartInput, StopInput},
     boot::{self, BootInput, Mode},
-    end, set, vm_of,
+    end, set,
+    template::{
+        self, MAKE,
+        make::{self, MakeInput},
+        resume,
+    },
+    vm_of,
 };
 use crate::store::{self, Vm};
 use bothy_contract::{Code, Error, op::OpState, vm::VmState};
@@ -57,6 +63,7 @@ impl Kinds for VmKinds {
             KILL => end::add_kill(&mut g, agent, vm, op.input()?),
             SET => set::add(&mut g, agent, vm, op.input()?),
             DELETE => end::add_delete(&mut g, agent, vm),
+            MAKE => make::add(&mut g, agent, vm, op.input::<MakeInput>()?),
             other => {
                 return Err(Error::new(Code::Internal, format!("this build knows no operation {other:?}")));
             }
@@ -64,15 +71,19 @@ impl Kinds for VmKinds {
         Ok(g)
     }
 
-    /// All stages are idempotent, and a launched VMM has not noticed that the agent was away.
-    fn resume(&self, _: &Op) -> Resume {
-        Resume::Continue
+    /// All stages are idempotent, and a launched VMM has not noticed that the agent was away. Only a template is a matter of one
+    /// moment.
+    fn resume(&self, op: &Op) -> Resume {
+        if op.kind == MAKE { Resume::Undo } else { Resume::Continue }
     }
 
     fn settle(&self, tx: &Transaction<'_>, op: &Op, end: &mut End) -> Result<(), DbError> {
         let Some(id) = op.vm else { return Ok(()) };
         let Some(mut vm) = store::find(tx, id)? else { return Ok(()) };
         let after = settled(&mut vm, op, end);
+        if end.state == OpState::Succeeded {
+            self.settle_templates(tx, op, end)?;
+        }
         if vm.facts.busy == Some(op.id) {
             vm.facts.busy = None;
         }
@@ -87,6 +98,25 @@ impl Kinds for VmKinds {
                     Ok(())
                 })
             }
+        }
+    }
+}
+
+impl VmKinds {
+    /// What a success means for the templates.
+    fn settle_templates(&self, tx: &Transaction<'_>, op: &Op, end: &End) -> Result<(), DbError> {
+        match op.kind.as_str() {
+            MAKE => {
+                let made = serde_json::from_value(end.result.clone().unwrap_or_default())?;
+                template::settle(tx, &self.agent, &op.input()?, &made)
+            }
+            CREATE => {
+                if let Some(want) = resume::wanted(&op.input()?) {
+                    self.agent.templates.want(want);
+                }
+                Ok(())
+            }
+            _ => Ok(()),
         }
     }
 }
@@ -144,7 +174,13 @@ fn settled(vm: &mut Vm, op: &Op, end: &End) -> After {
             store::set_state(vm, VmState::Running, failed("its last stop failed"));
         }
         (STOP | KILL, false) => store::set_state(vm, VmState::Stopped, failed("its stop failed")),
-        (DELETE, true) => return After::Gone,
+        (DELETE | MAKE, true) => return After::Gone,
+        (MAKE, false) if !end.leftovers => return After::Gone,
+        (MAKE, false) => {
+            store::set_state(vm, VmState::Error, failed("making a template of it left something behind"));
+            // It is shown from now on, to be deleted.
+            vm.facts.template = None;
+        }
         (DELETE, false) => store::set_state(vm, VmState::Error, failed("its delete failed; delete it again")),
         // A change moves nothing.
         _ => {}

@@ -5,7 +5,8 @@
 use super::{
     Agent,
     ask::{Ask, StopInput},
-    boot, idle,
+    guest::plain_id,
+    idle,
 };
 use crate::store::{self, Vm};
 use bothy_contract::{Code, Error, OpId, RequestId, VmId, VmName, vm::VmState};
@@ -197,7 +198,7 @@ impl Machine {
             Some(live) if row.facts.busy.is_none() && live.vmm.boot_id.is_none() => {
                 let guest = live.guest(&self.agent.config, self.vm);
                 match timeout(BOOT_ID, guest.first_answer()).await {
-                    Ok(answer) => boot::boot_id(&answer),
+                    Ok(answer) => plain_id(&answer.boot_id),
                     // It is asked again when something else happens to it.
                     Err(_) => std::future::pending().await,
                 }

@@ -34,10 +34,13 @@ pub(crate) mod files;
 pub(crate) mod guest;
 pub(crate) mod idle;
 pub(crate) mod kinds;
+mod launch;
 pub(crate) mod machine;
 mod recover;
 pub(crate) mod set;
+mod stages;
 pub(crate) mod state;
+pub(crate) mod template;
 
 pub(crate) use recover::recover;
 
@@ -64,6 +67,7 @@ use bothy_vm_agent::vmm::{
 use fs_err as fs;
 use idle::Activity;
 use std::{os::unix::fs::PermissionsExt, path::PathBuf, sync::Arc, time::Duration};
+use template::Templates;
 use tokio::sync::OnceCell;
 
 /// How long a killed VMM may take to be gone.
@@ -98,6 +102,8 @@ pub(crate) struct Shared {
     pub(crate) sampler: Sampler,
     /// When each VM was last used.
     pub(crate) activity: Activity,
+    /// What VMs are resumed from.
+    pub(crate) templates: Templates,
 }
 
 impl std::ops::Deref for Agent {
@@ -137,6 +143,7 @@ impl Agent {
             cgroups,
             sampler: Sampler::default(),
             activity: Activity::default(),
+            templates: Templates::default(),
         })))
     }
 
