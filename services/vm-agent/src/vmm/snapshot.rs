@@ -114,9 +114,25 @@ impl Holder {
             let state = state.name(&to.state)?;
             Ok(Saved { state_bytes: state.len(), memory_bytes: memory.map(|file| file.blocks() * 512) })
         };
-        tokio::task::spawn_blocking(keep)
+        let kept = tokio::task::spawn_blocking(keep)
             .await
-            .map_err(|e| Error::internal("cannot keep a saved guest", &e))?
+            .map_err(|e| Error::internal("cannot keep a saved guest", &e))
+            .flatten();
+        match kept {
+            Err(err) if reply.ran => Err(match self.run_again().await {
+                Ok(()) => err,
+                Err(also) => err.context(format!("the guest does not go on: {}", also.message)),
+            }),
+            kept => kept,
+        }
+    }
+
+    /// Lets the guest go on, whichever VMM it has. Doing it twice is doing it once.
+    async fn run_again(&self) -> Result<(), Error> {
+        let vmm = self.status().await?.vmm_version;
+        let driver = super::driver_of(&vmm)
+            .ok_or_else(|| Error::new(Code::Internal, format!("there is no driver for `{vmm}`")))?;
+        self.perform(&driver.resume()).await.map(drop)
     }
 }
 

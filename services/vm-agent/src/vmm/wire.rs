@@ -135,6 +135,8 @@ pub struct SaveRequest {
 pub struct SaveReply {
     /// Whether the second descriptor was written to.
     pub memory_written: bool,
+    /// Whether the guest ran before.
+    pub ran: bool,
 }
 
 /// How long a saved guest of that many bytes may take to load: far longer than any disk that is not broken needs.

@@ -5,7 +5,7 @@ use crate::{
     link::Link,
     lock,
     log::Log,
-    memory, os_error,
+    memory, migrate, os_error,
     qmp::Qmp,
     say,
     serve::{self, Vm},
@@ -14,7 +14,7 @@ use crate::{
 use bothy_contract::{Code, Error, vm::ExitRecord};
 use bothy_vm_agent::vmm::{
     firecracker::{api::Request, client},
-    wire::{self, HolderHandle, LaunchSpec, Launched, MAX_LINE, Monitor, Process, Running},
+    wire::{self, HolderHandle, LaunchSpec, Launched, MAX_LINE, MemoryFile, Monitor, Process, Running},
 };
 use nix::{
     sys::{
@@ -51,17 +51,21 @@ const GRACE: Duration = Duration::from_secs(2);
 const DRAIN: Duration = Duration::from_secs(1);
 
 /// Holds the VM specified on standard input; the first word on standard output says whether it runs.
-pub(crate) fn run(lock: i32) -> ExitCode {
+pub(crate) fn run(lock: i32, state: Option<i32>) -> ExitCode {
     // Before anything else is opened or started.
     let lock = match lock::inherited(lock) {
         Ok(lock) => lock,
         Err(err) => return say(&Launched::Failed(os_error("cannot inherit the launch's lock")(err))),
     };
+    let state = match state.map(lock::inherited).transpose() {
+        Ok(state) => state,
+        Err(err) => return say(&Launched::Failed(os_error("cannot inherit a saved guest")(err))),
+    };
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(err) => return say(&Launched::Failed(os_error("cannot start the holder")(err))),
     };
-    match tokio::task::LocalSet::new().block_on(&runtime, hold(lock)) {
+    match tokio::task::LocalSet::new().block_on(&runtime, hold(lock, state)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failed::Start(err)) => say(&Launched::Failed(err)),
         Err(Failed::Later(err)) => {
@@ -98,7 +102,7 @@ struct Vmm {
     errors: JoinHandle<()>,
 }
 
-async fn hold(lock: OwnedFd) -> Result<(), Failed> {
+async fn hold(lock: OwnedFd, state: Option<OwnedFd>) -> Result<(), Failed> {
     // Out of the agent's session: a hang-up or interrupt meant for the agent does not come here.
     nix::unistd::setsid().map_err(|e| Error::internal("cannot begin a session", &e))?;
     memory::bound()?;
@@ -107,10 +111,11 @@ async fn hold(lock: OwnedFd) -> Result<(), Failed> {
     let spec = read_spec()?;
     let socket = HolderSocket::listen(&spec.dir).map_err(os_error("cannot listen on the holder's socket"))?;
     let way = prepare(&spec)?;
+    let (state, limit) = saved(&spec, state)?;
     let mut vmm = start(&spec)?;
     let vmm_started = wire::monotonic_now()?;
     let link = tokio::select! {
-        connected = tokio::time::timeout(START, connect(way, &spec.dir)) => match connected {
+        connected = tokio::time::timeout(limit, connect(way, &spec.dir, state)) => match connected {
             Ok(Ok(link)) => link,
             Ok(Err(why)) => return Err(give_up(vmm, &spec, &why).await),
             Err(_) => return Err(give_up(vmm, &spec, "it did not answer in time").await),
@@ -126,6 +131,8 @@ async fn hold(lock: OwnedFd) -> Result<(), Failed> {
         link,
         exit: RefCell::new(None),
         opened: Cell::new(0),
+        memory_apart: matches!(spec.memory, Some(MemoryFile::Make { .. })),
+        saving: Cell::new(false),
     });
     let serving = tokio::task::spawn_local(serve::serve(socket, vm.clone()));
     say(&Launched::Running(Running { handle, vmm_started }));
@@ -160,6 +167,26 @@ fn read_spec() -> Result<LaunchSpec, Error> {
     Ok(spec)
 }
 
+/// What a guest goes on from, as the VMM is told it.
+struct State {
+    file: OwnedFd,
+    memory_apart: bool,
+}
+
+/// What the guest goes on from, if it does not boot, and how long all may take until it can be told to.
+fn saved(spec: &LaunchSpec, file: Option<OwnedFd>) -> Result<(Option<State>, Duration), Error> {
+    match (&spec.restore, file) {
+        (None, _) => Ok((None, START)),
+        (Some(restore), Some(file)) => {
+            let stat =
+                rustix::fs::fstat(&file).map_err(|e| Error::internal("cannot look at a saved guest", &e))?;
+            let limit = START + wire::load_limit(u64::try_from(stat.st_size).unwrap_or_default());
+            Ok((Some(State { file, memory_apart: restore.memory_apart }), limit))
+        }
+        (Some(_), None) => Err(Error::invalid("a guest that goes on needs the state that it was saved in")),
+    }
+}
+
 fn prepare(spec: &LaunchSpec) -> Result<Way, Error> {
     let bind = |name: &str| {
         let path = spec.dir.join(name);
@@ -191,13 +218,19 @@ fn prepare(spec: &LaunchSpec) -> Result<Way, Error> {
 }
 
 /// Waits until the VMM is what it is to be; or says why it is not.
-async fn connect(way: Way, dir: &Path) -> Result<Link, String> {
+async fn connect(way: Way, dir: &Path, state: Option<State>) -> Result<Link, String> {
     match way {
         Way::Qemu { qmp, control, bulk } => {
             let qmp = async { Qmp::negotiate(qmp.accept().await?.0).await };
             let connected = tokio::try_join!(qmp, control.accept(), bulk.accept());
             let (qmp, (control, _), (bulk, _)) =
                 connected.map_err(|err: std::io::Error| format!("its sockets failed: {err}"))?;
+            if let Some(state) = state {
+                // Not before the ports are connected: a guest that goes on without them never answers.
+                migrate::load(&qmp, state.file, state.memory_apart)
+                    .await
+                    .map_err(|why| format!("its load failed: {why}"))?;
+            }
             Ok(Link::qemu(qmp, control, bulk))
         }
         Way::Firecracker { requests, log, metrics } => {
@@ -261,7 +294,11 @@ async fn give_up(mut vmm: Vmm, spec: &LaunchSpec, why: &str) -> Failed {
     let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
     let said = lines.get(lines.len().saturating_sub(3)..).unwrap_or_default().join("; ");
     let said = if said.is_empty() { "it said nothing".to_owned() } else { said };
-    Failed::Start(Error::new(Code::Internal, format!("the VMM did not start: {why}{status}: {said}")))
+    let (code, what) = match spec.restore {
+        None => (Code::Internal, "the VMM did not start"),
+        Some(_) => (Code::FailedPrecondition, "the saved guest does not go on"),
+    };
+    Failed::Start(Error::new(code, format!("{what}: {why}{status}: {said}")))
 }
 
 /// Ends the VMM: in its own way, so that it flushes its disks, or soon after by force.

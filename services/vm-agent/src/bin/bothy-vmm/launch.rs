@@ -1,6 +1,6 @@
 //! Launching a holder: the part that still has the agent's rights, and gives them up.
 
-use crate::{os_error, tap::Tap};
+use crate::{files::Files, os_error, tap::Tap};
 use bothy_contract::{Code, Error};
 use bothy_vm_agent::vmm::{
     launching,
@@ -40,18 +40,27 @@ fn launch(parent: i32) -> Result<Launched, Error> {
     spec.check()?;
     let lock = launching::take(&spec.dir, parent)?;
     let tap = spec.tap.is_some().then(Tap::open).transpose()?;
+    let files = Files::open(&spec)?;
     make_directory(&spec)?;
     enter_cgroup(&spec)?;
     become_user(&spec)?;
     if let (Some(tap), Some(name)) = (tap, &spec.tap) {
         let number = tap.attach(name)?.to_string();
-        for arg in &mut spec.argv {
-            *arg = arg.replace(wire::TAP_FD, &number);
-        }
+        fill_in(&mut spec, wire::TAP_FD, &number);
+    }
+    if let Some(number) = files.memory()? {
+        fill_in(&mut spec, wire::MEMORY_FD, &number.to_string());
     }
     let text = serde_json::to_vec(&spec)
         .map_err(|e| Error::internal("cannot write the launch specification", &e))?;
-    start(&spec, &text, &lock)
+    start(&spec, &text, &lock, files.state())
+}
+
+/// Puts a descriptor's number where the command line waits for it.
+fn fill_in(spec: &mut LaunchSpec, placeholder: &str, number: &str) {
+    for arg in &mut spec.argv {
+        *arg = arg.replace(placeholder, number);
+    }
 }
 
 /// Makes the directory anew: it is the VM's user's and the agent's group's, others may nothing.
@@ -126,8 +135,13 @@ fn become_user(spec: &LaunchSpec) -> Result<(), Error> {
     Ok(())
 }
 
-/// Starts `hold`, which gets the lock as well, and passes on its first word.
-fn start(spec: &LaunchSpec, text: &[u8], lock: &fs_err::File) -> Result<Launched, Error> {
+/// Starts `hold`, which gets the lock and a saved guest's state as well, and passes on its first word.
+fn start(
+    spec: &LaunchSpec,
+    text: &[u8],
+    lock: &fs_err::File,
+    state: Option<&fs_err::File>,
+) -> Result<Launched, Error> {
     let log = spec.dir.join(wire::VMM_LOG);
     let stderr = fs_err::OpenOptions::new()
         .append(true)
@@ -138,10 +152,15 @@ fn start(spec: &LaunchSpec, text: &[u8], lock: &fs_err::File) -> Result<Launched
     let path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/local/bin:/usr/bin:/bin".into());
     // A duplicate is not closed by exec(2); and should this process die here, the lock lives on in the other.
     let lock = nix::unistd::dup(lock).map_err(|e| Error::internal("cannot pass on the launch's lock", &e))?;
+    let state = state
+        .map(nix::unistd::dup)
+        .transpose()
+        .map_err(|e| Error::internal("cannot pass on a saved guest", &e))?;
     let mut hold = Command::new("/proc/self/exe")
         .arg0("bothy-vmm")
         .arg("hold")
         .arg(format!("--lock={}", lock.as_raw_fd()))
+        .args(state.iter().map(|state| format!("--state={}", state.as_raw_fd())))
         .env_clear()
         .env("PATH", path)
         .current_dir("/")

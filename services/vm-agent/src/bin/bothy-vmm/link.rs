@@ -1,10 +1,18 @@
 //! The holder's connections to its VMM and, through that, to the guest, whichever VMM it is.
 
-use crate::{firecracker::Firecracker, qmp::Qmp};
+use crate::{
+    firecracker::Firecracker,
+    gate::{self, Gate},
+    migrate,
+    qmp::Qmp,
+};
 use bothy_channel::host::Connector;
-use bothy_vm_agent::vmm::firecracker::{api::Request, client};
+use bothy_vm_agent::vmm::{
+    firecracker::{api::Request, client},
+    wire::{SaveReply, SaveRequest},
+};
 use serde_json::{Value, json};
-use std::io;
+use std::{io, os::fd::OwnedFd};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::UnixStream,
@@ -17,7 +25,7 @@ const CONTROL_PORT: u32 = 1;
 #[derive(Debug)]
 pub(crate) enum Link {
     /// QEMU's, which it has made.
-    Qemu { qmp: Qmp, control: Connector, bulk: Connector },
+    Qemu { qmp: Qmp, control: Connector, bulk: Connector, gates: [Gate; 2] },
     /// Firecracker's are made for each use.
     Firecracker(Firecracker),
 }
@@ -29,7 +37,8 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Stream for T {}
 impl Link {
     /// A link to a QEMU that has connected all its sockets.
     pub(crate) fn qemu(qmp: Qmp, control: UnixStream, bulk: UnixStream) -> Self {
-        Self::Qemu { qmp, control: Connector::new(control), bulk: Connector::new(bulk) }
+        let ((control, one), (bulk, two)) = (gate::new(control), gate::new(bulk));
+        Self::Qemu { qmp, control: Connector::new(control), bulk: Connector::new(bulk), gates: [one, two] }
     }
 
     /// A stream to `port` of the guest; waits for the guest as long as that takes.
@@ -54,6 +63,23 @@ impl Link {
         match self {
             Self::Qemu { qmp, .. } => qmp.call(command).await.map_err(|e| e.to_string()),
             Self::Firecracker(_) => Err("this VMM has an API and no QMP monitor".into()),
+        }
+    }
+
+    /// Saves the guest into `files`: where its state goes, and where its memory.
+    pub(crate) async fn save(
+        &self,
+        request: &SaveRequest,
+        files: Vec<OwnedFd>,
+        gone: impl Future<Output = ()>,
+    ) -> Result<SaveReply, String> {
+        let mut files = files.into_iter();
+        let (Some(state), Some(_memory), None) = (files.next(), files.next(), files.next()) else {
+            return Err("a request to save a guest takes two descriptors".into());
+        };
+        match self {
+            Self::Qemu { qmp, gates, .. } => migrate::save(qmp, gates, request, state, gone).await,
+            Self::Firecracker(_) => Err("guests of Firecracker are not saved yet".into()),
         }
     }
 

@@ -1,4 +1,4 @@
-//! The launch's lock as `hold` gets it: by the number of an inherited descriptor.
+//! What `hold` inherits from `launch`, the launch's lock and a saved guest's state: by the numbers of descriptors.
 
 use std::{
     io,
@@ -16,7 +16,7 @@ pub(crate) fn inherited(number: i32) -> io::Result<OwnedFd> {
     #[expect(unsafe_code, reason = "no safe way leads from a number to a descriptor")]
     // SAFETY: the descriptor is open, as was just seen, and `launch` duplicated it for this process alone: nothing has
     // opened or closed anything here yet that could own it.
-    let lock = unsafe { OwnedFd::from_raw_fd(number) };
-    rustix::io::fcntl_setfd(&lock, rustix::io::FdFlags::CLOEXEC)?;
-    Ok(lock)
+    let inherited = unsafe { OwnedFd::from_raw_fd(number) };
+    rustix::io::fcntl_setfd(&inherited, rustix::io::FdFlags::CLOEXEC)?;
+    Ok(inherited)
 }

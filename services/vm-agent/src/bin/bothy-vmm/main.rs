@@ -8,13 +8,16 @@
 //! It does as little as it can, so that it need not be replaced under a running VM: no bus, no database, no guest protocol.
 
 mod exec;
+mod files;
 mod firecracker;
+mod gate;
 mod hold;
 mod launch;
 mod link;
 mod lock;
 mod log;
 mod memory;
+mod migrate;
 mod qmp;
 mod serve;
 mod socket;
@@ -45,6 +48,9 @@ enum Command {
         /// The number of an inherited descriptor, the launch's lock
         #[arg(long)]
         lock: i32,
+        /// The number of another, what a saved guest goes on from
+        #[arg(long)]
+        state: Option<i32>,
     },
     /// Becomes the VMM
     Exec {
@@ -63,7 +69,7 @@ fn main() -> ExitCode {
             let launched = launch::run(parent);
             say(&launched)
         }
-        Command::Hold { lock } => hold::run(lock),
+        Command::Hold { lock, state } => hold::run(lock, state),
         Command::Exec { parent, argv } => exec::run(parent, &argv),
     }
 }

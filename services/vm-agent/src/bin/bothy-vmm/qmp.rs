@@ -2,9 +2,13 @@
 //!
 //! <https://www.qemu.org/docs/master/interop/qmp-spec.html>
 
-use bothy_vm_agent::vmm::wire::MAX_LINE;
+use bothy_vm_agent::vmm::wire::{self, MAX_LINE};
 use serde_json::{Value, json};
-use std::{io, time::Duration};
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+    time::Duration,
+};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::UnixStream,
@@ -48,13 +52,28 @@ impl Qmp {
             .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "the VMM does not answer")))
     }
 
-    async fn exchange(&self, mut command: Value) -> io::Result<Value> {
+    /// The same for a command that takes a descriptor with it.
+    pub(crate) async fn call_with(&self, command: Value, fd: &OwnedFd) -> io::Result<Value> {
+        tokio::time::timeout(PATIENCE, self.exchange_with(command, Some(fd)))
+            .await
+            .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "the VMM does not answer")))
+    }
+
+    async fn exchange(&self, command: Value) -> io::Result<Value> {
+        self.exchange_with(command, None).await
+    }
+
+    async fn exchange_with(&self, mut command: Value, fd: Option<&OwnedFd>) -> io::Result<Value> {
         let mut stream = self.stream.lock().await;
         let id = rand_id()?;
         let Some(object) = command.as_object_mut() else {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "a command is a JSON object"));
         };
         object.insert("id".into(), json!(id));
+        if let Some(fd) = fd {
+            // It comes with the first byte, which may as well be white space (RFC 8259, 2).
+            wire::send_with(stream.get_ref(), b" ", &[fd.as_fd()]).await?;
+        }
         stream.write_all(format!("{command}\n").as_bytes()).await?;
         loop {
             let mut answer = line(&mut stream).await?;

@@ -2,7 +2,10 @@
 
 use crate::{link::Link, socket::HolderSocket};
 use bothy_contract::{VmId, vm::ExitRecord};
-use bothy_vm_agent::vmm::wire::{HolderHandle, MAX_LINE, State, Status};
+use bothy_vm_agent::vmm::{
+    Save,
+    wire::{self, HolderHandle, MAX_FDS, MAX_LINE, SaveRequest, State, Status},
+};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -10,15 +13,12 @@ use nix::{
 use std::{
     cell::{Cell, RefCell},
     io,
+    os::fd::OwnedFd,
     rc::Rc,
     sync::Arc,
     time::Duration,
 };
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::UnixStream,
-    sync::Semaphore,
-};
+use tokio::{io::AsyncWriteExt, net::UnixStream, sync::Semaphore};
 
 /// Connections that may be open at once: every stream of both ports, and some requests.
 const MAX_CONNECTIONS: usize = 2 * bothy_channel::MAX_STREAMS + 32;
@@ -34,6 +34,10 @@ pub(crate) struct Vm {
     pub(crate) link: Link,
     pub(crate) exit: RefCell<Option<ExitRecord>>,
     pub(crate) opened: Cell<u64>,
+    /// Whether the guest's memory is a file that outlives it.
+    pub(crate) memory_apart: bool,
+    /// Whether the guest is being saved.
+    pub(crate) saving: Cell<bool>,
 }
 
 /// Serves for ever; needs a `LocalSet`.
@@ -57,7 +61,8 @@ pub(crate) async fn serve(mut socket: HolderSocket, vm: Rc<Vm>) {
 }
 
 async fn answer(mut stream: UnixStream, vm: &Vm) -> io::Result<()> {
-    let line = match tokio::time::timeout(PATIENCE, line(&mut stream)).await {
+    let mut fds = Vec::new();
+    let line = match tokio::time::timeout(PATIENCE, line(&stream, &mut fds)).await {
         Ok(line) => line?,
         Err(_) => return Ok(()),
     };
@@ -73,25 +78,33 @@ async fn answer(mut stream: UnixStream, vm: &Vm) -> io::Result<()> {
             Ok(command) => told(vm.link.qmp(command).await),
             Err(err) => format!("ERR not a JSON command: {err}"),
         },
+        "SAVE" => match serde_json::from_str(rest) {
+            Ok(request) => save(&stream, vm, &request, fds).await,
+            Err(err) => format!("ERR not a request to save a guest: {err}"),
+        },
         "API" => match serde_json::from_str(rest) {
             Ok(request) => told(vm.link.api(request).await),
             Err(err) => format!("ERR not a request: {err}"),
         },
-        _ => "ERR not one of CONNECT, STATUS, KILL, QMP, API".into(),
+        _ => "ERR not one of CONNECT, STATUS, KILL, QMP, API, SAVE".into(),
     };
     stream.write_all(format!("{reply}\n").as_bytes()).await
 }
 
-/// One line, and not a byte more: what follows belongs to the stream.
-async fn line(stream: &mut UnixStream) -> io::Result<String> {
+/// One line, and not a byte more: what follows belongs to the stream. The descriptors that come with it go into `fds`.
+async fn line(stream: &UnixStream, fds: &mut Vec<OwnedFd>) -> io::Result<String> {
     let mut line = Vec::new();
+    let mut byte = [0];
     loop {
-        let byte = stream.read_u8().await?;
+        if wire::receive_with(stream, &mut byte, fds).await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let [byte] = byte;
         if byte == b'\n' {
             return String::from_utf8(line).map_err(io::Error::other);
         }
         line.push(byte);
-        if line.len() > MAX_LINE {
+        if line.len() > MAX_LINE || fds.len() > MAX_FDS {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "a request without an end"));
         }
     }
@@ -166,6 +179,22 @@ fn signal(vm: &Vm, number: &str) -> String {
         Ok(()) => "OK".into(),
         Err(err) => format!("ERR {err}"),
     }
+}
+
+/// Saves the guest, unless the caller hangs up before it is done.
+async fn save(stream: &UnixStream, vm: &Vm, request: &SaveRequest, files: Vec<OwnedFd>) -> String {
+    if request.what == Save::Devices && !vm.memory_apart {
+        return "ERR the guest's memory is its VMM's own, and only a whole save has it".into();
+    }
+    if vm.saving.replace(true) {
+        return "ERR the guest is being saved already".into();
+    }
+    let saved = vm.link.save(request, files, gone(stream, &mut None)).await;
+    vm.saving.set(false);
+    told(match saved {
+        Ok(reply) => Ok(serde_json::json!({ "return": reply })),
+        Err(why) => Ok(serde_json::json!({ "error": { "class": "NotSaved", "desc": why } })),
+    })
 }
 
 /// The VMM's answer, or why there is none, as one line.
