@@ -1,6 +1,13 @@
 //! What the image-agent owns on disk, put together: the store, the initramfs files, the disks, and the builds.
 
-use crate::{build, disks::Disks, fault, initramfs::Initramfs, recipe::Recipe, store::Store};
+use crate::{
+    build,
+    disks::Disks,
+    fault,
+    initramfs::Initramfs,
+    recipe::Recipe,
+    store::{Garbage, Store},
+};
 use bothy_config::Config;
 use bothy_contract::{
     Error, ImageName, Service,
@@ -11,6 +18,7 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
 };
+use tokio::sync::RwLock;
 
 /// The image-agent's things.
 #[derive(Debug, Clone)]
@@ -19,6 +27,8 @@ pub(crate) struct Agent {
     pub(crate) store: Store,
     /// The disks of VMs.
     pub(crate) disks: Disks,
+    /// Read by whoever begins to use an image, written by whoever removes some.
+    pub(crate) using: Arc<RwLock<()>>,
     initramfs: Arc<Initramfs>,
     recipes: PathBuf,
     netns: Option<PathBuf>,
@@ -57,14 +67,24 @@ impl Agent {
         Ok(Self {
             store: Store::new(&store),
             disks: Disks::new(disks, templates, config.vm.uid_base..config.vm.uid_base.saturating_add(slots)),
+            using: Arc::default(),
             initramfs: Arc::new(Initramfs::new(initramfs, config.image.guest_binary.clone())),
             recipes: config.image.recipe_dir.clone(),
             netns: config.image.build_netns.clone(),
         })
     }
 
+    /// The initramfs files that no image boots any more, removed unless only a `look` is asked for.
+    pub(crate) fn old_initramfs(&self, look: bool) -> Result<Vec<Garbage>, Error> {
+        let names: Vec<_> = self.store.list()?.into_iter().map(|m| m.name).collect();
+        // One that cannot be used boots nothing.
+        let images: Vec<_> = names.iter().filter_map(|name| self.store.open(name).ok()).collect();
+        self.initramfs.prune_all(&images, look)
+    }
+
     /// What `image` boots. Its initramfs is made if it is not there.
     pub(crate) fn resolve(&self, image: &ImageName) -> Result<BootSet, Error> {
+        let _use = self.using.blocking_read();
         let image = self.store.open(image)?;
         let initrd = self.initramfs.ensure(&image)?;
         let (_, kernel) = image.artifact("kernel")?;

@@ -4,7 +4,10 @@
 //! new file, beside the one that VMs of before were started with. It is not compressed: unpacking would be done by
 //! the guest's emulated CPU, while the VMM maps the file from the host's page cache.
 
-use crate::{cpio, fault, store::Image};
+use crate::{
+    cpio, fault,
+    store::{Garbage, Image},
+};
 use bothy_contract::{Code, Error};
 use sha2::{Digest as _, Sha256};
 use std::{
@@ -20,6 +23,8 @@ const DIRECTORIES: [(&str, u32); 5] =
     [("dev", 0o755), ("proc", 0o555), ("sys", 0o555), ("run", 0o755), ("tmp", 0o1777)];
 /// An initramfs that is not current is kept this long, for a VM that is just being started with it.
 const KEEP: Duration = Duration::from_secs(24 * 3600);
+/// And this long where somebody asks for room: a create is long over by then.
+const KEEP_PRUNING: Duration = Duration::from_secs(3600);
 
 /// The initramfs files of this host.
 #[derive(Debug)]
@@ -41,16 +46,24 @@ impl Initramfs {
         Self { dir, guest, digest: Mutex::new(None), making: Mutex::new(()) }
     }
 
-    /// The initramfs of `image`, made if it is not there.
-    pub(crate) fn ensure(&self, image: &Image) -> Result<PathBuf, Error> {
+    /// Where the initramfs of `image` is, once it is made.
+    fn path_of(&self, image: &Image) -> Result<PathBuf, Error> {
         let guest = self.guest_digest()?;
         let (modules, _) = image.artifact("modules")?;
         let mut key = Sha256::new();
         key.update(&guest);
         key.update(&modules.sha256);
+        if let Some(before) = image.manifest.artifacts.get("initrd") {
+            key.update(&before.sha256);
+        }
         let mut key = hex::encode(key.finalize());
         key.truncate(32);
-        let path = self.dir.join(format!("{key}.cpio"));
+        Ok(self.dir.join(format!("{key}.cpio")))
+    }
+
+    /// The initramfs of `image`, made if it is not there.
+    pub(crate) fn ensure(&self, image: &Image) -> Result<PathBuf, Error> {
+        let path = self.path_of(image)?;
         let _one = self.making.lock().unwrap_or_else(PoisonError::into_inner);
         if !path.is_file() {
             self.make(image, &path).map_err(|e| {
@@ -66,7 +79,16 @@ impl Initramfs {
             .prefix(".initramfs-")
             .permissions(std::fs::Permissions::from_mode(0o644))
             .tempfile_in(&self.dir)?;
-        let mut archive = cpio::Writer::new(io::BufWriter::new(temp));
+        let mut before = io::BufWriter::new(temp);
+        if image.manifest.artifacts.contains_key("initrd") {
+            // An image's own archive goes first: where both have a file, the kernel takes the later one, which is ours. Archives
+            // begin at multiples of four (Linux, Documentation/driver-api/early-userspace/buffer-format.rst).
+            let (artifact, path) = image.artifact("initrd").map_err(io::Error::other)?;
+            io::copy(&mut fs_err::File::open(path)?, &mut before)?;
+            let odd = usize::try_from(artifact.size % 4).unwrap_or_default();
+            before.write_all([0; 4].get(odd..).filter(|_| odd > 0).unwrap_or_default())?;
+        }
+        let mut archive = cpio::Writer::new(before);
         for (dir, permissions) in DIRECTORIES {
             archive.dir(dir, permissions)?;
         }
@@ -84,6 +106,27 @@ impl Initramfs {
         temp.as_file().sync_all()?;
         temp.persist(path).map_err(|e| e.error)?;
         Ok(())
+    }
+
+    /// What none of `images` boots and is not recent; removed unless only a `look` is asked for.
+    pub(crate) fn prune_all(&self, images: &[Image], look: bool) -> Result<Vec<Garbage>, Error> {
+        let failed = |e: io::Error| fault::io("cannot look through the initramfs files", &e);
+        let current = images.iter().map(|i| self.path_of(i)).collect::<Result<Vec<_>, _>>()?;
+        let _one = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut old = Vec::new();
+        for entry in fs_err::read_dir(&self.dir).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            let meta = fs_err::symlink_metadata(&path).map_err(failed)?;
+            let age = meta.modified().ok().and_then(|t| SystemTime::now().duration_since(t).ok());
+            if !current.contains(&path) && age.is_some_and(|age| age > KEEP_PRUNING) {
+                if !look {
+                    fs_err::remove_file(&path).map_err(failed)?;
+                }
+                old.push(Garbage { path, allocated: meta.blocks() * 512 });
+            }
+        }
+        old.sort_by(|a, b| a.path.cmp(&b.path));
+        Ok(old)
     }
 
     /// Removes what is neither current nor recent. What cannot be removed is tried again next time.

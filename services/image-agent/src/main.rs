@@ -12,11 +12,14 @@ mod disks;
 mod fault;
 mod initramfs;
 mod kernel;
+mod kinds;
 mod modules;
 mod recipe;
+mod remove;
 mod service;
 mod store;
 mod tools;
+mod verify;
 
 use agent::Agent;
 use bothy_bus::Client;
@@ -72,9 +75,9 @@ async fn serve(config: &Config, agent: Agent, stop: CancellationToken) -> Result
     // Before anything can be begun: what is half made now belongs to nobody.
     build::sweep(&agent.store)?;
     agent.disks.sweep()?;
-    let db = Db::open(config.service_dir(Service::Image).join("image.db"), &builds::MIGRATIONS)?;
+    let db = Db::open(config.service_dir(Service::Image).join("image.db"), &kinds::MIGRATIONS)?;
     let client = Client::connect(config, Service::Image).await?;
-    let ops = Ops::new(db, Service::Image, Arc::new(builds::Builds { agent: agent.clone() }));
+    let ops = Ops::new(db, Service::Image, Arc::new(kinds::Works { agent: agent.clone() }));
     ops.publish_to(Arc::new(client.clone()));
     ops.resume().await?;
     let done = service::run(client, agent, ops.clone(), stop, bothy_daemon::ready).await;

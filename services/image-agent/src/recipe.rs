@@ -3,6 +3,9 @@
 //! A recipe is a directory with `recipe.toml` and, where the image gets files of ours, a tree `files/` that is laid
 //! over its root. It names no mirror: packages come from where the host's own come. Its digest, over both, is in
 //! the manifest, so an image of an older recipe is told from a current one.
+//!
+//! A recipe that `extends` another is that one with its own words in addition: lists are joined, the trees are laid one over
+//! the other, and what else it says takes the place of what the other says.
 
 use crate::fault;
 use bothy_contract::{
@@ -37,11 +40,14 @@ const UNIT_KINDS: [&str; 11] = [
 pub(crate) struct Recipe {
     /// The text of `recipe.toml`.
     pub(crate) spec: Spec,
-    /// The tree that is laid over the root, where there is one.
-    pub(crate) files: Option<PathBuf>,
-    /// SHA-256 over the text and the tree.
+    /// The trees that are laid over the root, in this order.
+    pub(crate) files: Vec<PathBuf>,
+    /// SHA-256 over the texts and the trees.
     pub(crate) sha256: String,
 }
+
+/// How many recipes may extend one another.
+const MAX_DEPTH: usize = 4;
 
 /// `recipe.toml`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -59,6 +65,9 @@ pub(crate) struct Spec {
     pub(crate) kernel: String,
     /// Packages beside the essential ones.
     pub(crate) packages: Vec<String>,
+    /// Shell scripts that are run inside the tree once the packages are in, while there is a network.
+    #[serde(default)]
+    pub(crate) run: Vec<String>,
     /// Units that shall never start.
     #[serde(default)]
     pub(crate) mask: Vec<String>,
@@ -79,25 +88,64 @@ impl Recipe {
     /// # Errors
     /// It is not there, or what is wrong with it.
     pub(crate) fn load(dir: &Path, name: &ImageName) -> Result<Self, Error> {
-        let home = dir.join(name.as_str());
-        let path = home.join("recipe.toml");
-        let text = fs_err::read_to_string(&path).map_err(|e| match e.kind() {
-            io::ErrorKind::NotFound => {
-                Error::not_found(format!("there is no recipe {name} in {}", dir.display()))
-                    .hint("`image.recipe_dir` in `bothy.toml` says where recipes are")
+        let mut read = Vec::new();
+        let mut next = Some(name.clone());
+        while let Some(name) = next.take() {
+            let path = dir.join(name.as_str()).join("recipe.toml");
+            let wrong = |why: String| wrong(&path, &why);
+            if read.len() == MAX_DEPTH {
+                return Err(wrong(format!("more than {MAX_DEPTH} recipes extend one another")));
             }
-            _ => fault::io(format!("cannot read the recipe {name}"), &e),
-        })?;
-        let wrong = |why: String| {
-            Error::new(Code::InvalidArgument, format!("{} is not a valid recipe: {why}", path.display()))
+            let text = fs_err::read_to_string(&path).map_err(|e| match e.kind() {
+                io::ErrorKind::NotFound => {
+                    Error::not_found(format!("there is no recipe {name} in {}", dir.display()))
+                        .hint("`image.recipe_dir` in `bothy.toml` says where recipes are")
+                }
+                _ => fault::io(format!("cannot read the recipe {name}"), &e),
+            })?;
+            let mut table: toml::Table = toml::from_str(&text).map_err(|e| wrong(e.to_string()))?;
+            if let Some(other) = table.remove("extends") {
+                let other = other.as_str().unwrap_or_default().parse::<ImageName>();
+                next = Some(other.map_err(|e| wrong(format!("what it extends: {e}")))?);
+            }
+            let files = dir.join(name.as_str()).join("files");
+            let files = files.is_dir().then_some(files);
+            let sha256 = digest(&text, files.as_deref())
+                .map_err(|e| fault::io(format!("cannot read the files of recipe {name}"), &e))?;
+            read.push((path, table, files, sha256));
+        }
+        // From the one that extends none up to the one that was asked for.
+        let (mut whole, mut files, mut digests) = (toml::Table::new(), Vec::new(), Vec::new());
+        let mut asked = PathBuf::new();
+        for (path, table, tree, sha256) in read.into_iter().rev() {
+            extend(&mut whole, table);
+            files.extend(tree);
+            digests.push(sha256);
+            asked = path;
+        }
+        let spec: Spec = whole.try_into().map_err(|e: toml::de::Error| wrong(&asked, &e.to_string()))?;
+        spec.check().map_err(|why| wrong(&asked, &why))?;
+        let sha256 = match digests.as_slice() {
+            [one] => one.clone(),
+            all => hex::encode(Sha256::digest(all.join("\n"))),
         };
-        let spec: Spec = toml::from_str(&text).map_err(|e| wrong(e.to_string()))?;
-        spec.check().map_err(wrong)?;
-        let files = home.join("files");
-        let files = files.is_dir().then_some(files);
-        let sha256 = digest(&text, files.as_deref())
-            .map_err(|e| fault::io(format!("cannot read the files of recipe {name}"), &e))?;
         Ok(Self { spec, files, sha256 })
+    }
+}
+
+fn wrong(path: &Path, why: &str) -> Error {
+    Error::new(Code::InvalidArgument, format!("{} is not a valid recipe: {why}", path.display()))
+}
+
+/// Adds the words of `more` to `base`: lists are joined, all else takes the place of what is there.
+fn extend(base: &mut toml::Table, more: toml::Table) {
+    for (key, value) in more {
+        match (base.get_mut(&key), value) {
+            (Some(toml::Value::Array(there)), toml::Value::Array(more)) => there.extend(more),
+            (_, value) => {
+                base.insert(key, value);
+            }
+        }
     }
 }
 
@@ -116,6 +164,9 @@ impl Spec {
         }
         if let Some(bad) = self.mask.iter().find(|s| !unit(s)) {
             return Err(format!("{bad:?} is not the name of a unit"));
+        }
+        if self.run.iter().any(|script| script.contains('\0')) {
+            return Err("a script in `run` has a zero byte in it".to_owned());
         }
         if !self.home.starts_with('/') || self.home == "/" || inside(&self.home).is_none() {
             return Err(format!("home {:?} is not an absolute path below the root", self.home));
@@ -226,6 +277,43 @@ mod tests {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guest/images");
         let recipe = Recipe::load(&dir, &ImageName::default_image()).unwrap();
         assert!(recipe.spec.wait.iter().any(|w| w.port == Some(22)));
+    }
+
+    #[test]
+    fn every_recipe_that_comes_with_bothy_is_valid() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guest/images");
+        let mut names = Vec::new();
+        for entry in fs_err::read_dir(&dir).unwrap() {
+            let name: ImageName = entry.unwrap().file_name().to_str().unwrap().parse().unwrap();
+            Recipe::load(&dir, &name).unwrap();
+            names.push(name.to_string());
+        }
+        names.sort();
+        assert_eq!(names, ["agent", "debian", "minimal"]);
+    }
+
+    #[test]
+    fn a_recipe_that_extends_another_is_both() {
+        let (dir, _) = put(GOOD);
+        let more = |text: &str| {
+            fs_err::create_dir_all(dir.path().join("y/files")).unwrap();
+            fs_err::write(dir.path().join("y/recipe.toml"), text).unwrap();
+            Recipe::load(dir.path(), &"y".parse().unwrap())
+        };
+        let both = more(
+            "extends = 'x'\nhome = '/home/me'\npackages = ['npm']\nrun = ['true']\n\
+            [[wait]]\nname = 'web'\nport = 80\ntimeout_s = 5\n",
+        )
+        .unwrap();
+        assert_eq!(both.spec.packages, ["git", "g++", "libc6:amd64", "npm"]);
+        assert_eq!((both.spec.home.as_str(), both.spec.run.len(), both.spec.wait.len()), ("/home/me", 1, 2));
+        assert_eq!(both.files, [dir.path().join("x/files"), dir.path().join("y/files")]);
+        fs_err::write(dir.path().join("x/files/etc/f"), "2").unwrap();
+        let other = more("extends = 'x'\n").unwrap().sha256;
+        assert!(other != both.sha256, "a change of the one that is extended is a change");
+        assert!(more("extends = 'y'\n").unwrap_err().message.contains("extend one another"));
+        assert_eq!(more("extends = 'z'\n").unwrap_err().code, Code::NotFound);
+        assert!(more("extends = '../x'\n").unwrap_err().message.contains("what it extends"));
     }
 
     #[test]

@@ -1,14 +1,15 @@
 //! The image-agent's methods on the bus. Each is one call of what [`Agent`] owns, made where file work holds up nobody.
 
-use crate::{agent::Agent, builds, fault::blocking};
+use crate::{agent::Agent, builds, fault::blocking, remove, verify};
 use bothy_bus::{Client, Server};
 use bothy_contract::{
     Error,
     image::{DiskList, DiskUsageList, FrozenList, ImageList},
     methods::{
         ImageBuild, ImageDisksGrow, ImageDisksList, ImageDisksRelease, ImageDisksUsage, ImageListAll,
-        ImageOpCancel, ImageOpList, ImageOpShow, ImageResolve, ImageRootfsPrepare, ImageShow,
-        ImageTemplateForget, ImageTemplateFreeze, ImageTemplateList, ImageWorkDiskPrepare,
+        ImageOpCancel, ImageOpList, ImageOpShow, ImagePrune, ImageRemove, ImageResolve, ImageRootfsPrepare,
+        ImageShow, ImageTemplateForget, ImageTemplateFreeze, ImageTemplateList, ImageVerify,
+        ImageWorkDiskPrepare,
     },
     net::Done,
 };
@@ -46,18 +47,32 @@ pub(crate) async fn run(
             }
         }};
     }
-    let build = {
-        let (agent, ops) = (agent.clone(), ops.clone());
-        move |context, ask| {
+    /// A handler that begins an operation.
+    macro_rules! begin {
+        ($work:ident) => {{
             let (agent, ops) = (agent.clone(), ops.clone());
-            async move { Ok(builds::begin(&ops, &agent, context, ask).await?.into()) }
-        }
-    };
-    Server::new(client, AT_ONCE)
+            move |context, ask| {
+                let (agent, ops) = (agent.clone(), ops.clone());
+                async move { Ok($work::begin(&ops, &agent, context, ask).await?.into()) }
+            }
+        }};
+    }
+    /// A handler that asks other services, too.
+    macro_rules! with_client {
+        (|$client:ident, $agent:ident, $ask:ident| $work:expr) => {{
+            let (agent, client) = (agent.clone(), client.clone());
+            move |_, $ask| {
+                let ($agent, $client) = (agent.clone(), client.clone());
+                async move { $work.await }
+            }
+        }};
+    }
+    Server::new(client.clone(), AT_ONCE)
         .serve::<ImageListAll, _, _>(on!(|a, _ask| Ok(ImageList { images: a.store.list()? })))
         .serve::<ImageShow, _, _>(on!(|a, ask| a.store.show(&ask.image)))
         .serve::<ImageResolve, _, _>(on!(|a, ask| a.resolve(&ask.image)))
         .serve::<ImageRootfsPrepare, _, _>(on!(|a, ask| {
+            let _use = a.using.blocking_read();
             match ask.template {
                 None => a.disks.rootfs(&a.store, ask.vm, &ask.image, ask.uid, ask.system_mib),
                 Some(template) => a.disks.rootfs_of_template(template, ask.vm, ask.uid, ask.system_mib),
@@ -69,6 +84,7 @@ pub(crate) async fn run(
         }))
         .serve::<ImageTemplateList, _, _>(on!(|a, _ask| { Ok(FrozenList { templates: a.disks.frozen()? }) }))
         .serve::<ImageWorkDiskPrepare, _, _>(on!(|a, ask| {
+            let _use = a.using.blocking_read();
             if ask.placeholder {
                 return a.disks.placeholder(ask.vm, ask.uid);
             }
@@ -82,7 +98,10 @@ pub(crate) async fn run(
         .serve::<ImageDisksUsage, _, _>(on!(|a, ask| {
             Ok(DiskUsageList { disks: a.disks.usage(&ask.vms)? })
         }))
-        .serve::<ImageBuild, _, _>(build)
+        .serve::<ImageBuild, _, _>(begin!(builds))
+        .serve::<ImageVerify, _, _>(begin!(verify))
+        .serve::<ImageRemove, _, _>(with_client!(|client, a, ask| remove::remove(&client, &a, ask.image)))
+        .serve::<ImagePrune, _, _>(with_client!(|client, a, ask| remove::prune(&client, &a, ask)))
         .serve::<ImageOpShow, _, _>(op!(show))
         .serve::<ImageOpList, _, _>(op!(list))
         .serve::<ImageOpCancel, _, _>(op!(cancel))

@@ -7,6 +7,7 @@
 mod blobs;
 mod check;
 mod publish;
+mod remove;
 
 pub(crate) use blobs::Garbage;
 pub(crate) use publish::Over;
@@ -98,6 +99,12 @@ impl Store {
     /// Held by whoever changes which files are there.
     fn change(&self) -> MutexGuard<'_, ()> {
         self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The blobs that no image and no VM needs.
+    pub(crate) fn garbage(&self) -> Result<Vec<Garbage>, Error> {
+        let _lock = self.change();
+        self.blobs.garbage()
     }
 
     /// Removes the blobs that no image and no VM needs.

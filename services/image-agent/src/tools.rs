@@ -29,7 +29,7 @@ pub(crate) struct Tool {
     package: &'static str,
     prefix: Vec<OsString>,
     args: Vec<OsString>,
-    envs: Vec<(&'static str, OsString)>,
+    envs: Vec<(OsString, OsString)>,
     deadline: Duration,
 }
 
@@ -51,8 +51,8 @@ impl Tool {
     }
 
     /// A variable of its environment.
-    pub(crate) fn env(mut self, name: &'static str, value: impl Into<OsString>) -> Self {
-        self.envs.push((name, value.into()));
+    pub(crate) fn env(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
+        self.envs.push((name.into(), value.into()));
         self
     }
 

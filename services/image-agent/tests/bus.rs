@@ -5,15 +5,18 @@
 use bothy_bus::{Client, testing::TestBus};
 use bothy_contract::{
     Code, ImageName, OpId, Service, VmId,
+    catalogue::{PruneImages, Verified, VerifyImages},
     image::{
         Artifact, BuildImage, GetDiskUsage, GrowDisks, ImageManifest, ImageRef, InitStyle, ListDisks,
         ListImages, PrepareRootfs, PrepareWorkDisk, ReleaseDisks,
     },
     methods::{
         ImageBuild, ImageDisksGrow, ImageDisksList, ImageDisksRelease, ImageDisksUsage, ImageListAll,
-        ImageOpCancel, ImageOpShow, ImageResolve, ImageRootfsPrepare, ImageShow, ImageWorkDiskPrepare,
+        ImageOpCancel, ImageOpShow, ImagePrune, ImageRemove, ImageResolve, ImageRootfsPrepare, ImageShow,
+        ImageVerify, ImageWorkDiskPrepare, VmListAll,
     },
     op::{OpRecord, OpRef, OpState, StageState},
+    vm::{Shape, VmList, VmRecord},
 };
 use std::{
     os::unix::fs::MetadataExt as _,
@@ -144,6 +147,77 @@ async fn images_and_disks_over_the_bus() {
     let err = vm_agent.call::<ImageDisksGrow>(&grow).await.unwrap_err();
     assert_eq!(err.code, Code::NotFound);
     assert_eq!(vm_agent.call::<ImageDisksList>(&ListDisks {}).await.unwrap().vms, []);
+}
+
+/// The vm-agent's answer to who there is, with the vm-agent's own rights on the bus.
+fn answer_for_vms(client: Client, vms: Vec<VmRecord>) -> tokio_util::sync::DropGuard {
+    let stop = tokio_util::sync::CancellationToken::new();
+    let until = stop.clone();
+    let answer = move |_, _| {
+        let vms = vms.clone();
+        async move { Ok(VmList { vms }) }
+    };
+    tokio::spawn(async move {
+        bothy_bus::Server::new(client, 1).serve::<VmListAll, _, _>(answer).run(until).await.unwrap();
+    });
+    stop.drop_guard()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_is_removed_once_no_vm_uses_it() {
+    bothy_testkit::require_root!();
+    let (host, gateway, vm_agent) = Host::start().await;
+    let image = host.plant("tiny");
+    let ask = ImageRef { image: image.clone() };
+    // Nobody says who uses it: then nobody may say that nobody does.
+    let err = gateway.call::<ImageRemove>(&ask).await.unwrap_err();
+    assert!(err.code == Code::Unavailable && err.message.contains("which VMs use"), "{err:?}");
+
+    let vm = VmRecord::new(VmId::new(), "web".parse().unwrap(), 0, image.clone(), Shape::default());
+    let serving = answer_for_vms(vm_agent.clone(), vec![vm]);
+    let err = loop {
+        match gateway.call::<ImageRemove>(&ask).await.unwrap_err() {
+            e if e.code == Code::Unavailable => tokio::time::sleep(Duration::from_millis(20)).await,
+            e => break e,
+        }
+    };
+    assert_eq!((err.code, err.message.as_str()), (Code::FailedPrecondition, "image tiny is used by VM web"));
+    assert!(err.hint.unwrap().contains("bothy vm delete web"));
+    let all = PruneImages { dry_run: false, all: true };
+    assert_eq!(gateway.call::<ImagePrune>(&all).await.unwrap().images, []);
+    drop(serving);
+
+    let vm =
+        VmRecord::new(VmId::new(), "web".parse().unwrap(), 0, ImageName::default_image(), Shape::default());
+    let _serving = answer_for_vms(vm_agent, vec![vm]);
+    let would = loop {
+        match gateway.call::<ImagePrune>(&PruneImages { dry_run: true, all: true }).await {
+            Ok(would) if !would.images.is_empty() => break would,
+            _ => tokio::time::sleep(Duration::from_millis(20)).await,
+        }
+    };
+    assert_eq!(would.images, [image.clone()]);
+    gateway.call::<ImageShow>(&ask).await.unwrap();
+    assert_eq!(gateway.call::<ImageRemove>(&ask).await.unwrap().images, [image]);
+    assert_eq!(gateway.call::<ImageRemove>(&ask).await.unwrap_err().code, Code::NotFound);
+    assert_eq!(fs_err::read_dir(host.home().join("store/images")).unwrap().count(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn verifying_is_an_operation_that_finds_what_is_damaged() {
+    bothy_testkit::require_root!();
+    let (host, gateway, _) = Host::start().await;
+    let (good, bad) = (host.plant("good"), host.plant("bad"));
+    fs_err::write(host.home().join("store/images/bad/kernel"), vec![1; MIB as usize]).unwrap();
+    let op = gateway.call::<ImageVerify>(&VerifyImages { image: None, owner: 0 }).await.unwrap().op;
+    let record = ended(&gateway, op).await;
+    let found: Vec<Verified> = serde_json::from_value(record.result.unwrap()).unwrap();
+    assert_eq!(
+        found.iter().map(|v| (&v.image, v.is_whole())).collect::<Vec<_>>(),
+        [(&bad, false), (&good, true)]
+    );
+    let gone = VerifyImages { image: Some("gone".parse().unwrap()), owner: 0 };
+    assert_eq!(gateway.call::<ImageVerify>(&gone).await.unwrap_err().code, Code::NotFound);
 }
 
 /// How many processes work in `dir`, by their command lines.

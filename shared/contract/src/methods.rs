@@ -4,6 +4,7 @@
 //! that a method does not name as a caller is refused by the server itself.
 
 use crate::{
+    catalogue::{PruneImages, Pruned, VerifyImages},
     image::{
         BootSet, BuildImage, DiskList, DiskUsageList, ForgetTemplate, FreezeDisks, FrozenDisks, FrozenList, GetDiskUsage,
         GrowDisks, ImageList, ImageManifest, ImageRef, ListDisks, ListFrozen, ListImages, PrepareRootfs,
@@ -173,6 +174,12 @@ methods! {
     ImageResolve = Image.image.resolve(ImageRef) -> BootSet, reads, by [Vm], within 30 s;
     /// Begins a build.
     ImageBuild = Image.image.build(BuildImage) -> Begun, changes, by [Gateway], within 10 s;
+    /// Begins to compute the digests of images anew.
+    ImageVerify = Image.image.verify(VerifyImages) -> Begun, changes, by [Gateway], within 10 s;
+    /// Removes an image that no VM uses.
+    ImageRemove = Image.image.remove(ImageRef) -> Pruned, changes, by [Gateway], within 60 s;
+    /// Removes what nothing needs.
+    ImagePrune = Image.image.prune(PruneImages) -> Pruned, changes, by [Gateway], within 60 s;
     /// Makes a VM's rootfs ready.
     ImageRootfsPrepare = Image.rootfs.prepare(PrepareRootfs) -> Rootfs, changes, by [Vm], within 60 s;
     /// Makes a VM's work disk ready.
@@ -217,7 +224,7 @@ methods! {
     /// The sockets on which a guest listens.
     VmPortsList = Vm.vm.ports(VmRef) -> PortList, reads, by [Gateway], within 10 s;
     /// Lists the VMs.
-    VmListAll = Vm.vm.list(ListVms) -> VmList, reads, by [Gateway, Workspace], within 5 s;
+    VmListAll = Vm.vm.list(ListVms) -> VmList, reads, by [Gateway, Image, Workspace], within 5 s;
     /// Shows one VM.
     VmShow = Vm.vm.show(VmRef) -> VmRecord, reads, by [Gateway, Workspace], within 5 s;
     /// Opens a stream to a port of a guest.

@@ -7,6 +7,7 @@
 //! local user: what they can use up is bounded by the number of their connections ([`listener`]) and by what services
 //! allow one user.
 
+mod catalogue;
 mod error;
 mod host;
 mod images;
@@ -88,10 +89,12 @@ impl Gateway {
                 get(workspace::export).put(workspace::import).layer(DefaultBodyLimit::disable()),
             )
             .route("/images", get(images::list))
-            .route("/images/{image}", get(images::show))
+            .route("/images/{image}", get(images::show).delete(catalogue::remove))
             .route("/images/{image}/build", post(images::build))
             .route("/images/{image}/warm", post(templates::warm))
             .route("/templates", get(templates::list))
+            .route("/catalogue/verify", post(catalogue::verify))
+            .route("/catalogue/prune", post(catalogue::prune))
             .route("/ops", get(ops::list))
             .route("/ops/{op}", get(ops::show))
             .route("/ops/{op}/cancel", post(ops::cancel))

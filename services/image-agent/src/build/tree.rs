@@ -29,6 +29,21 @@ package=$(apt-cache show --no-all-versions "$KERNEL" | sed -n "s/^Depends: \(lin
 test -n "$package" || { echo "package $KERNEL depends on no kernel" >&2; exit 1; }
 apt-get -o APT::Sandbox::User=root download "$package"'"#;
 
+/// How the host reaches registries (`HOST`: its npm settings and the authorities it trusts) for the recipe's scripts, for
+/// as long as they run. Settings may hold secrets: nothing of this stays.
+const HOST_DIR: &str = "bothy-host";
+const LEND_HOOK: &str = r#"mkdir -m 0700 "$1/bothy-host" && cp "$HOST"/* "$1/bothy-host/""#;
+const TAKE_BACK_HOOK: &str = r#"rm -rf "$1/bothy-host""#;
+/// Runs a script of the recipe, `$RUN_n`, inside the tree.
+const RUN_HOOK: &str = r#"
+if test -s "$1/bothy-host/ca.crt"; then
+    export NODE_EXTRA_CA_CERTS=/bothy-host/ca.crt SSL_CERT_FILE=/bothy-host/ca.crt
+fi
+chroot "$1" env -u HOST HOME=/root NPM_CONFIG_USERCONFIG=/bothy-host/npmrc sh -ec "$RUN_SCRIPT""#;
+/// Where the host keeps npm's settings, npmrc(5), the more general first; and the authorities that it trusts.
+const NPMRC: [&str; 2] = ["/etc/npmrc", "/root/.npmrc"];
+const AUTHORITIES: &str = "/etc/ssl/certs/ca-certificates.crt";
+
 impl Build {
     pub(super) async fn fetch_packages(&self, with: &Stage) -> Result<String, Error> {
         let spec = &self.recipe.spec;
@@ -43,7 +58,7 @@ impl Build {
                 Error::new(Code::FailedPrecondition, bothy_contract::error::chain(&e))
                     .hint("images are built from the host's own package sources, which must be Debian's")
             })?;
-        let (work, out) = (self.work.clone(), self.out());
+        let (work, out, lent) = (self.work.clone(), self.out(), self.work.join("host"));
         let list = self.work.join("host.sources");
         let text: String = sources.iter().map(bothy_apt_sources::Source::to_deb822).collect();
         let written = list.clone();
@@ -55,6 +70,7 @@ impl Build {
                 for dir in [&work, &out] {
                     fs_err::set_permissions(dir, std::fs::Permissions::from_mode(0o755))?;
                 }
+                lend(&lent)?;
                 fs_err::write(&written, text)
             };
             make().map_err(|e| fault::io("cannot begin the build", &e))
@@ -65,17 +81,29 @@ impl Build {
         let minutes = Duration::from_secs(30 * 60);
         let mut include = OsString::from("--include=");
         include.push(spec.packages.join(","));
-        Tool::new("mmdebstrap", "mmdebstrap", minutes)
+        let mut hooks = Vec::new();
+        if !spec.run.is_empty() {
+            hooks.push(LEND_HOOK.to_owned());
+            hooks.extend((0..spec.run.len()).map(|n| RUN_HOOK.replace("RUN_SCRIPT", &format!("RUN_{n}"))));
+            hooks.push(TAKE_BACK_HOOK.to_owned());
+        }
+        let mut mmdebstrap = Tool::new("mmdebstrap", "mmdebstrap", minutes)
             .in_netns(self.netns.as_deref())
             .contained()
             .args(["--mode=root", "--variant=minbase", "--format=directory", "--skip=cleanup/apt/lists"])
             .args(settings.into_iter().map(|s| format!("--aptopt={s}")))
             .arg(include)
+            .args(hooks.into_iter().map(|hook| format!("--customize-hook={hook}")))
             .arg(format!("--customize-hook={KERNEL_HOOK}"))
             .args(["--customize-hook=rm -rf \"$1\"/var/lib/apt/lists/*"])
             .env("KERNEL", &spec.kernel)
+            .env("HOST", self.work.join("host"))
             .env("DEBIAN_FRONTEND", "noninteractive")
-            .args([OsString::from(&suite), self.tree().into(), list.into()])
+            .args([OsString::from(&suite), self.tree().into(), list.into()]);
+        for (n, script) in spec.run.iter().enumerate() {
+            mmdebstrap = mmdebstrap.env(format!("RUN_{n}"), script);
+        }
+        mmdebstrap
             .run(&with.cancel, |line| {
                 if let Some(what) = line.strip_prefix("I: ") {
                     count += 1;
@@ -113,6 +141,24 @@ async fn acquire_settings(with: &Stage) -> Result<Vec<String>, Error> {
     Ok(dump.lines().filter(|l| own.iter().any(|o| l.starts_with(o))).map(str::to_owned).collect())
 }
 
+/// Puts what the recipe's scripts may use of the host into `dir`.
+fn lend(dir: &Path) -> io::Result<()> {
+    std::fs::DirBuilder::new().mode(0o700).create(dir)?;
+    let mut npmrc = String::new();
+    for path in NPMRC {
+        match fs_err::read_to_string(path) {
+            Ok(text) => npmrc.extend([text.trim_end(), "\n"]),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(e),
+        }
+    }
+    fs_err::write(dir.join("npmrc"), npmrc)?;
+    match fs_err::copy(AUTHORITIES, dir.join("ca.crt")) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => fs_err::write(dir.join("ca.crt"), ""),
+        copied => copied.map(drop),
+    }
+}
+
 /// The release of this host, os-release(5).
 fn host_codename() -> Result<String, Error> {
     let text = fs_err::read_to_string("/etc/os-release")
@@ -131,7 +177,8 @@ fn codename(os_release: &str) -> Option<String> {
 /// Everything that happens to the tree once its packages are in; `home` gets the skeleton of the work disk.
 fn customise(tree: &Path, recipe: &Recipe, home: &Path) -> io::Result<()> {
     let spec = &recipe.spec;
-    if let Some(files) = &recipe.files {
+    remove_any(&tree.join(HOST_DIR))?;
+    for files in &recipe.files {
         lay_over(files, tree)?;
     }
     if spec.init == InitStyle::Systemd {

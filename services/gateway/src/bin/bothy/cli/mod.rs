@@ -1,9 +1,11 @@
 //! What one can type.
 
+mod catalogue;
 mod network;
 mod values;
 mod vm;
 
+pub(crate) use catalogue::Keep;
 pub(crate) use network::{Network, Policy};
 pub(crate) use vm::{Delete, Exec, Prune, Refs, Several, Vm};
 
@@ -179,6 +181,8 @@ pub(crate) enum Image {
     Warm(Warm),
     /// List the templates
     Templates,
+    #[command(flatten)]
+    Keep(Keep),
 }
 
 #[derive(Debug, Args)]
