@@ -51,6 +51,24 @@ pub(crate) fn vmlinux(image: &[u8]) -> Result<Vec<u8>, KernelError> {
     if is_elf(&kernel) { Ok(kernel) } else { Err(KernelError::NotElf) }
 }
 
+/// The release that an unpacked kernel says it is, from its banner, `Linux version 6.1.0-56-cloud-amd64 (...`.
+pub(crate) fn release(vmlinux: &[u8]) -> Option<String> {
+    let banner = b"Linux version ";
+    let mut rest = vmlinux;
+    while let Some(at) = rest.windows(banner.len()).position(|w| w == banner) {
+        rest = rest.get(at + banner.len()..)?;
+        let word = rest.split(|b| *b == b' ').next()?;
+        // A format string is not it.
+        if word.len() < 128
+            && word.first().is_some_and(u8::is_ascii_digit)
+            && let Ok(word) = std::str::from_utf8(word)
+        {
+            return Some(word.to_owned());
+        }
+    }
+    None
+}
+
 /// Unpacks an LZ4 legacy frame. The kernel's build puts the unpacked size, 4 bytes, behind the last block.
 fn unpack(payload: &[u8]) -> Result<Vec<u8>, KernelError> {
     let magic: [u8; 4] = payload.first_chunk().copied().ok_or(KernelError::Short("the payload"))?;
@@ -98,8 +116,22 @@ fn u32_at(data: &[u8], at: usize) -> Option<u32> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    /// What passes for an unpacked kernel of `release`.
+    pub(crate) fn vmlinux_of(release: &str) -> Vec<u8> {
+        let mut kernel = elf(5000);
+        kernel.extend(b"Linux version %s (%s)\0");
+        kernel.extend(format!("Linux version {release} (somebody@somewhere) #1\n\0").as_bytes());
+        kernel
+    }
+
+    #[test]
+    fn a_kernel_says_its_release() {
+        assert_eq!(release(&vmlinux_of("6.1.0-56-cloud-amd64")).unwrap(), "6.1.0-56-cloud-amd64");
+        assert_eq!(release(&elf(5000)), None);
+    }
 
     fn elf(len: usize) -> Vec<u8> {
         let mut elf: Vec<u8> = (0..len).map(|i| (i / 7 % 251) as u8).collect();
@@ -108,7 +140,7 @@ mod tests {
         elf
     }
 
-    fn lz4(data: &[u8]) -> Vec<u8> {
+    pub(crate) fn lz4(data: &[u8]) -> Vec<u8> {
         let mut out = LZ4_LEGACY.to_vec();
         for chunk in data.chunks(LZ4_BLOCK) {
             let packed = lz4_flex::block::compress(chunk);
@@ -119,7 +151,7 @@ mod tests {
         out
     }
 
-    fn bzimage(payload: &[u8]) -> Vec<u8> {
+    pub(crate) fn bzimage(payload: &[u8]) -> Vec<u8> {
         let mut image = vec![0; 3 * 512 + 0x40];
         image[0x1f1] = 2;
         image[0x202..0x206].copy_from_slice(b"HdrS");

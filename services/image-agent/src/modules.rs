@@ -144,9 +144,20 @@ fn stem(path: &Path) -> Option<String> {
     path.file_stem().and_then(|s| s.to_str()).map(canonical)
 }
 
-/// What a module says that it needs: the `depends=a,b` string of its `.modinfo` section, which holds strings closed by
-/// zeros. None where `data` is no ELF64 file with such a section (elf(5)).
+/// What a module says that it needs: the `depends=a,b` string of its `.modinfo` section.
 fn depends(data: &[u8]) -> Option<Vec<String>> {
+    let line = modinfo(data, "depends=")?;
+    Some(line.split(',').filter(|n| !n.is_empty()).map(canonical).collect())
+}
+
+/// The release of the kernel that a module was built for: the first word of its `vermagic=` string.
+pub(crate) fn release(module: &[u8]) -> Option<String> {
+    modinfo(module, "vermagic=")?.split(' ').next().map(str::to_owned)
+}
+
+/// The string that begins with `key` in a module's `.modinfo` section, which holds strings closed by zeros. None where
+/// `data` is no ELF64 file with such a section (elf(5)) and such a string.
+fn modinfo(data: &[u8], key: &str) -> Option<String> {
     if !data.starts_with(b"\x7fELF\x02\x01") {
         return None;
     }
@@ -163,16 +174,15 @@ fn depends(data: &[u8]) -> Option<Vec<String>> {
     for i in 0..count {
         let Some((name, Some(content))) = section(i) else { continue };
         if strings.get(name..)?.starts_with(b".modinfo\0") {
-            let line = content.split(|b| *b == 0).find_map(|s| s.strip_prefix(b"depends="))?;
-            let line = std::str::from_utf8(line).ok()?;
-            return Some(line.split(',').filter(|n| !n.is_empty()).map(canonical).collect());
+            let line = content.split(|b| *b == 0).find_map(|s| s.strip_prefix(key.as_bytes()))?;
+            return std::str::from_utf8(line).ok().map(str::to_owned);
         }
     }
     None
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     fn order(wanted: &[&str], graph: &[(&str, &[&str])]) -> Result<Vec<String>, ModulesError> {
@@ -201,7 +211,11 @@ mod tests {
 
     /// An ELF file with a `.modinfo` section, as small as it can be.
     fn module(depends: &str) -> Vec<u8> {
-        let info = format!("license=GPL\0depends={depends}\0name=x\0");
+        module_of("6.1.0-1-test", depends)
+    }
+
+    pub(crate) fn module_of(release: &str, depends: &str) -> Vec<u8> {
+        let info = format!("license=GPL\0depends={depends}\0name=x\0vermagic={release} SMP mod_unload \0");
         let names = b"\0.modinfo\0.shstrtab\0";
         let mut elf = vec![0; 64];
         elf[..6].copy_from_slice(b"\x7fELF\x02\x01");
@@ -223,8 +237,20 @@ mod tests {
         elf
     }
 
+    /// A tree of modules as a guest wants them, of a kernel of `release`.
+    pub(crate) fn plant(tree: &Path, release: &str) {
+        fs_err::create_dir_all(tree.join("kernel")).unwrap();
+        for name in WANTED {
+            let needs = if name == "virtio_net" { "failover" } else { "" };
+            let file = tree.join(format!("kernel/{}.ko", name.replace('_', "-")));
+            fs_err::write(file, module_of(release, needs)).unwrap();
+        }
+        fs_err::write(tree.join("kernel/failover.ko"), module_of(release, "")).unwrap();
+    }
+
     #[test]
     fn what_a_module_needs_is_read_from_itself() {
+        assert_eq!(release(&module_of("6.1.0-1", "")).unwrap(), "6.1.0-1");
         assert_eq!(depends(&module("virtio,net-failover")).unwrap(), ["virtio", "net_failover"]);
         assert_eq!(depends(&module("")).unwrap(), [""; 0]);
         let good = module("virtio");

@@ -9,7 +9,12 @@ use bothy_ops::{Begun, Graph, New, Op, Ops};
 pub(crate) const KIND: &str = "image.verify";
 
 /// Begins to verify.
-pub(crate) async fn begin(ops: &Ops, agent: &Agent, context: Context, ask: VerifyImages) -> Result<Begun, Error> {
+pub(crate) async fn begin(
+    ops: &Ops,
+    agent: &Agent,
+    context: Context,
+    ask: VerifyImages,
+) -> Result<Begun, Error> {
     if let Some(name) = ask.image.clone() {
         let agent = agent.clone();
         blocking(move || agent.store.show(&name)).await?;
@@ -20,7 +25,8 @@ pub(crate) async fn begin(ops: &Ops, agent: &Agent, context: Context, ask: Verif
         vm: None,
         owner: ask.owner,
         request: Some(context.request_id),
-        input: serde_json::to_value(&ask).map_err(|e| Error::internal("cannot write down what to verify", &e))?,
+        input: serde_json::to_value(&ask)
+            .map_err(|e| Error::internal("cannot write down what to verify", &e))?,
     };
     ops.begin(new, |_, _| Ok(())).await
 }

@@ -8,9 +8,9 @@
 //! fetch_packages -> customise -> pack_rootfs -> kernel -> seeds -> finish
 //! ```
 
-mod boot;
+pub(crate) mod boot;
 mod finish;
-mod pack;
+pub(crate) mod pack;
 mod tree;
 
 use crate::{

@@ -45,28 +45,43 @@ impl Build {
     }
 
     pub(super) async fn seeds(&self, with: &Stage) -> Result<String, Error> {
-        for (file, label, from) in
-            [("system-seed.ext4", "system", None), ("work-seed.ext4", "work", Some(self.work.join("home")))]
-        {
-            let image = self.out().join(file);
-            // A new sparse file is all zeros, so neither mkfs nor the guest's kernel has to write any.
-            let mut tool = mkfs(with, &image, label, SEED_BYTES / BLOCK)
-                .args(["-m", "0", "-J"])
-                .arg(format!("size={SEED_JOURNAL_MIB}"))
-                .arg("-E")
-                .arg(format!("resize={SEED_MAX_BLOCKS},assume_storage_prezeroed=1,root_owner=0:0"));
-            if let Some(dir) = from {
-                tool = tool.args([OsString::from("-d"), dir.into()]);
-            }
-            let blocks = (SEED_BYTES / BLOCK).to_string();
-            tool.args([OsString::from(&image), blocks.into()]).run(&with.cancel, |_| ()).await?;
-            if label == "work" {
-                make_home(with, &image).await?;
-            }
-            publish(&image).await?;
-        }
-        Ok(format!("{} MiB each, growing to {} GiB", SEED_BYTES >> 20, crate::disks::MAX_MIB >> 10))
+        seeds(with, &self.out(), &self.work.join("home")).await
     }
+}
+
+/// Makes both seeds of an image in `out`; the work-seed with what is in `home`.
+pub(crate) async fn seeds(with: &Stage, out: &Path, home: &Path) -> Result<String, Error> {
+    system_seed(with, &out.join("system-seed.ext4")).await?;
+    work_seed(with, &out.join("work-seed.ext4"), home).await?;
+    Ok(format!("{} MiB each, growing to {} GiB", SEED_BYTES >> 20, crate::disks::MAX_MIB >> 10))
+}
+
+/// Makes an empty file system that grows, for overlays.
+pub(crate) async fn system_seed(with: &Stage, image: &Path) -> Result<(), Error> {
+    seed(with, image, "system", None).await
+}
+
+/// Makes a file system that grows, with what is in `home` as a home.
+pub(crate) async fn work_seed(with: &Stage, image: &Path, home: &Path) -> Result<(), Error> {
+    seed(with, image, "work", Some(home)).await
+}
+
+async fn seed(with: &Stage, image: &Path, label: &str, home: Option<&Path>) -> Result<(), Error> {
+    // A new sparse file is all zeros, so neither mkfs nor the guest's kernel has to write any.
+    let mut tool = mkfs(with, image, label, SEED_BYTES / BLOCK)
+        .args(["-m", "0", "-J"])
+        .arg(format!("size={SEED_JOURNAL_MIB}"))
+        .arg("-E")
+        .arg(format!("resize={SEED_MAX_BLOCKS},assume_storage_prezeroed=1,root_owner=0:0"));
+    if let Some(dir) = home {
+        tool = tool.args([OsString::from("-d"), dir.into()]);
+    }
+    let blocks = (SEED_BYTES / BLOCK).to_string();
+    tool.args([OsString::from(image), blocks.into()]).run(&with.cancel, |_| ()).await?;
+    if home.is_some() {
+        make_home(with, image).await?;
+    }
+    publish(image).await
 }
 
 /// mkfs gives its own mode to the root of a file system and puts a `lost+found` in, which a home has not.
