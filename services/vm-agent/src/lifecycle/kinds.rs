@@ -265,6 +265,9 @@ mod tests {
             (SET, Running, true, Succeeded, false, Some(Running)),
             (DELETE, Deleting, false, Succeeded, false, None),
             (DELETE, Deleting, false, Failed, false, Some(Broken)),
+            (MAKE, Creating, false, Succeeded, false, None),
+            (MAKE, Creating, true, Failed, false, None),
+            (MAKE, Creating, false, Failed, true, Some(Broken)),
         ];
         for (kind, from, alive, state, leftovers, to) in cases {
             let mut row = vm(from, alive);

@@ -18,7 +18,7 @@ use bothy_contract::{
 use bothy_ops::StageCx;
 use bothy_vm_agent::vmm::{Memory, Origin, Snapshot};
 use std::time::Duration;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 /// How long a guest may take from the start of its VMM to its own identity; a loaded host takes many times what a calm one
 /// does, and a boot is slower still.
@@ -77,7 +77,8 @@ pub(in crate::lifecycle) async fn run(
         // What its guest wrote by now does not fit what it would be resumed from.
         "it was interrupted".to_owned()
     } else {
-        match cx.unless_stopped(resume(agent, vm, input, template, (boot, lease, root, work))).await {
+        let resumed = resume(agent, cx, vm, input, template, (boot, lease, root, work));
+        match cx.unless_stopped(resumed).await {
             Ok(up) => return Ok(Some(up)),
             Err(stopped) if cx.stop().is_cancelled() => return Err(stopped),
             Err(error) => {
@@ -97,11 +98,13 @@ pub(in crate::lifecycle) async fn run(
 
 async fn resume(
     agent: &Agent,
+    cx: &StageCx,
     vm: VmId,
     input: &BootInput,
     template: VmId,
     (boot, lease, root, work): (&BootSet, &Lease, &Root, &WorkDisk),
 ) -> Result<Up, Error> {
+    let begun = Instant::now();
     let limited = async {
         let sealed = agent.templates.memory(&agent.state_dir(), template).await?;
         let state = files::snapshot(&agent.state_dir(), template).state;
@@ -109,6 +112,7 @@ async fn resume(
         let (name, shape, rootfs) = (&input.name, &input.spec.shape, &root.disks);
         let machine = Machine { vm, name, shape, boot, lease, rootfs, work, memory: Memory::Own, from };
         let handle = machine.start(agent).await?.handle;
+        let loaded = begun.elapsed();
         let vmm = vmm_name(agent, boot).await?;
         note_launch(agent, vm, Vmm { handle, name: vmm, booted: shape.clone(), boot_id: None }).await?;
 
@@ -119,9 +123,14 @@ async fn resume(
         holder.perform(&driver.resize_disk("work", shape.work_mib << 20)).await?;
         let guest = live.guest(&agent.config, vm);
         guest.first_answer().await;
+        let answered = begun.elapsed();
         let boot_id = guest.personalise(&boot::identity(agent, vm, input)?, lease, boot).await?;
         agent.note_boot_id(vm, boot_id).await?;
         agent.db.write(move |tx| store::used(tx, template)).await?;
+        // Since the stage began. The benchmark reads these numbers.
+        let (loaded, answered, itself) =
+            (loaded.as_millis(), answered.as_millis(), begun.elapsed().as_millis());
+        cx.note(format!("loaded after {loaded} ms, answered after {answered} ms, itself after {itself} ms"));
         Ok(Up { handle, resumed: true })
     };
     match timeout(RESUME, limited).await {
