@@ -1,15 +1,22 @@
 //! What makes a guest one machine and not another: its name, its machine id, its resolver, its clock, its randomness.
 //! All of it may be set again at any time; a resumed guest is somebody else than its template.
 
-use std::io;
+use std::io::{self, Read};
 use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_gettime, clock_settime};
 
 use crate::{files, sys};
+
+const KERNELS_BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+/// What is laid over it.
+const OUR_BOOT_ID: &str = "/run/bothy/boot_id";
+/// Where systemd and others before it keep a seed for the next boot.
+const SEEDS: [&str; 2] = ["var/lib/systemd/random-seed", "var/lib/urandom/random-seed"];
 
 /// Refuses names that are not DNS labels (RFC 1123): 1 to 63 lower-case letters, digits and inner dashes.
 ///
@@ -49,7 +56,49 @@ pub(crate) fn set_hostname(root: &Path, name: &str) -> io::Result<()> {
 /// # Errors
 /// When the file cannot be written.
 pub(crate) fn set_machine_id(root: &Path, id: &str) -> io::Result<()> {
-    files::write(&root.join("etc/machine-id"), format!("{id}\n").as_bytes(), 0o444)
+    let id = format!("{id}\n");
+    files::write(&root.join("etc/machine-id"), id.as_bytes(), 0o444)?;
+    // A link to the other in most images; a file of its own is one more place to look for it.
+    let bus = root.join("var/lib/dbus/machine-id");
+    let own = fs_err::symlink_metadata(&bus).is_ok_and(|meta| meta.is_file());
+    if own { files::write(&bus, id.as_bytes(), 0o444) } else { Ok(()) }
+}
+
+/// Gives this machine a boot id of its own, where the kernel has its template's: the same in all of its machines.
+///
+/// # Errors
+/// When the kernel refuses.
+pub(crate) fn new_boot_id() -> io::Result<()> {
+    let id = fs_err::read_to_string("/proc/sys/kernel/random/uuid")?;
+    let ours = Path::new(OUR_BOOT_ID);
+    let known = ours.exists();
+    files::write(ours, id.as_bytes(), 0o444)?;
+    if known {
+        // What lies over the kernel's file is the file that was replaced.
+        umount2(KERNELS_BOOT_ID, MntFlags::MNT_DETACH)?;
+    }
+    Ok(mount(Some(ours), KERNELS_BOOT_ID, None::<&str>, MsFlags::MS_BIND, None::<&str>)?)
+}
+
+/// The id of this boot, as every process sees it.
+///
+/// # Errors
+/// When it cannot be read.
+pub(crate) fn boot_id() -> io::Result<String> {
+    Ok(fs_err::read_to_string(KERNELS_BOOT_ID)?.trim().to_owned())
+}
+
+/// Replaces the seeds that user space keeps for its next boot, where the image has any.
+///
+/// # Errors
+/// When there is no randomness, or a file cannot be written.
+pub(crate) fn renew_seeds(root: &Path) -> io::Result<()> {
+    for path in SEEDS.map(|path| root.join(path)).iter().filter(|path| path.is_file()) {
+        let mut seed = vec![0; 512];
+        fs_err::File::open("/dev/urandom")?.read_exact(&mut seed)?;
+        files::write(path, &seed, 0o600)?;
+    }
+    Ok(())
 }
 
 /// Writes the resolver's configuration, replacing the link to a stub that some images have.

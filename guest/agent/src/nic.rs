@@ -54,6 +54,14 @@ impl Nic {
     }
 }
 
+impl Nic {
+    /// The gateways, of both address families.
+    pub(crate) fn gateways(&self) -> Vec<IpAddr> {
+        let six = self.six.map(|six| IpAddr::V6(six.gateway));
+        [Some(IpAddr::V4(self.gateway)), six].into_iter().flatten().collect()
+    }
+}
+
 impl Six {
     fn parse(nic: &v1::Nic) -> Result<Option<Self>, String> {
         let v1::Nic { address6, prefix6, gateway6, .. } = nic;
@@ -230,7 +238,7 @@ async fn change(
 }
 
 /// The first Ethernet interface, which takes a moment to appear after its driver.
-async fn wait_for_ethernet(handle: &Handle) -> io::Result<LinkMessage> {
+pub(crate) async fn wait_for_ethernet(handle: &Handle) -> io::Result<LinkMessage> {
     for _ in 0..500 {
         let mut links = handle.link().get().execute();
         while let Some(link) = links.try_next().await.map_err(|e| named("list links", e))? {

@@ -8,6 +8,7 @@ use std::path::Path;
 use bothy_guest_proto::v1;
 
 use crate::nic::{self, Nic};
+use crate::timeline::Steps;
 use crate::{files, identity, kmsg, workdisk};
 
 /// Refuses a request that could not be carried out in full.
@@ -30,40 +31,70 @@ pub(crate) fn check(request: &v1::PersonaliseRequest) -> Result<Option<Nic>, Str
     request.nic.as_ref().map(Nic::parse).transpose()
 }
 
-/// Makes the guest the machine that the host says it is. Returns its address.
+/// Makes the guest the machine that the host says it is. Returns its address. With `resumed`, it was another one, a template:
+/// what that one's processes and kernel know of themselves is another's now, too.
+///
+/// What does not depend on one another is done side by side; a work disk that is mounted is grown by whoever calls.
 ///
 /// # Errors
 /// The first step that failed; doing it all again is safe.
-pub(crate) async fn apply(request: v1::PersonaliseRequest, nic: Option<Nic>) -> io::Result<Option<Ipv4Addr>> {
+pub(crate) async fn apply(
+    request: v1::PersonaliseRequest,
+    nic: Option<Nic>,
+    resumed: bool,
+    steps: &Steps,
+) -> io::Result<Option<Ipv4Addr>> {
     // Randomness and time first: what follows may want both.
-    identity::add_entropy(&request.entropy).map_err(|e| named("add entropy", &e))?;
+    steps.run("entropy", || identity::add_entropy(&request.entropy)).map_err(|e| named("add entropy", &e))?;
     if request.unix_time_us != 0 {
-        identity::set_clock(request.unix_time_us).map_err(|e| named("set the clock", &e))?;
+        steps
+            .run("clock", || identity::set_clock(request.unix_time_us))
+            .map_err(|e| named("set the clock", &e))?;
     }
-    nic::loopback().await?;
-    if let Some(nic) = &nic {
-        nic::apply(nic).await?;
-    }
-    let address = nic.as_ref().map(|nic| nic.address);
+    let network = steps.wait("network", async {
+        if !resumed {
+            nic::loopback().await?;
+        }
+        match &nic {
+            Some(nic) => nic::apply(nic).await,
+            None => Ok(()),
+        }
+    });
     // Disk work blocks, and Health must go on answering.
-    tokio::task::spawn_blocking(move || on_disk(&request, nic.as_ref()))
-        .await
-        .map_err(io::Error::other)??;
-    Ok(address)
+    let (asked, dns) = (request.clone(), nic.as_ref().map(|nic| nic.dns.clone()));
+    let name = blocking(steps, "name", move || {
+        let root = Path::new("/");
+        identity::set_hostname(root, &asked.hostname).map_err(|e| named("set the host name", &e))?;
+        identity::set_machine_id(root, &asked.machine_id).map_err(|e| named("set the machine id", &e))?;
+        if let Some(dns) = dns {
+            identity::set_resolver(root, &dns).map_err(|e| named("configure the resolver", &e))?;
+        }
+        if resumed {
+            identity::new_boot_id().map_err(|e| named("set the boot id", &e))?;
+            identity::renew_seeds(root).map_err(|e| named("renew the random seed", &e))?;
+        }
+        Ok(())
+    });
+    let home = blocking(steps, "home", move || {
+        // Before the files: some of them are for the home.
+        let home = Path::new(&request.home);
+        if !request.home.is_empty() && !workdisk::mount_on(home, request.work_bytes)? {
+            kmsg::info("no work disk: the home is on the root file system");
+        }
+        files::write_all(Path::new("/"), &request.files).map_err(|e| named("write the files", &e))
+    });
+    tokio::try_join!(network, name, home)?;
+    Ok(nic.map(|nic| nic.address))
 }
 
-fn on_disk(request: &v1::PersonaliseRequest, nic: Option<&Nic>) -> io::Result<()> {
-    let root = Path::new("/");
-    identity::set_hostname(root, &request.hostname).map_err(|e| named("set the host name", &e))?;
-    identity::set_machine_id(root, &request.machine_id).map_err(|e| named("set the machine id", &e))?;
-    if let Some(nic) = nic {
-        identity::set_resolver(root, &nic.dns).map_err(|e| named("configure the resolver", &e))?;
-    }
-    // Before the files: some of them are for the home.
-    if !request.home.is_empty() && !workdisk::mount_on(Path::new(&request.home))? {
-        kmsg::info("no work disk: the home is on the root file system");
-    }
-    files::write_all(root, &request.files).map_err(|e| named("write the files", &e))
+async fn blocking(
+    steps: &Steps,
+    name: &'static str,
+    work: impl FnOnce() -> io::Result<()> + Send + 'static,
+) -> io::Result<()> {
+    let steps = steps.clone();
+    let work = tokio::task::spawn_blocking(move || steps.run(name, work));
+    work.await.map_err(io::Error::other)?
 }
 
 fn named(what: &str, error: &io::Error) -> io::Error {

@@ -16,11 +16,12 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::timeline::{Step, now_us};
 use crate::{
-    exec, files, forward, identity, kmsg, machine, metrics, personalise, ports, shutdown, systemd, tarball, wait,
-    workdisk,
+    exec, files, forward, identity, kmsg, machine, metrics, ports, shutdown, systemd, tarball, wait, workdisk,
 };
 
+mod change;
 mod init;
+mod pending;
 
 pub use init::Init;
 
@@ -40,6 +41,10 @@ struct Shared {
     known: Mutex<Known>,
     /// A directory on the disk that takes what is written to the root.
     upper: OnceLock<fs_err::File>,
+    /// What the last `Personalise` left to do.
+    pending: pending::Pending,
+    /// What `Quiesce` holds back.
+    held: Mutex<change::Held>,
 }
 
 /// What is known of the identity without waiting for a `Personalise` that runs.
@@ -55,8 +60,15 @@ impl Guest {
     /// The agent of a machine whose boot went through `steps` so far.
     #[must_use]
     pub fn new(init: Init, steps: Vec<Step>) -> Self {
-        let (steps, identity, known) = (Mutex::new(steps), tokio::sync::Mutex::default(), Mutex::default());
-        Self(Arc::new(Shared { init, steps, identity, known, upper: OnceLock::new() }))
+        Self(Arc::new(Shared {
+            init,
+            steps: Mutex::new(steps),
+            identity: tokio::sync::Mutex::default(),
+            known: Mutex::default(),
+            upper: OnceLock::new(),
+            pending: pending::Pending::default(),
+            held: Mutex::default(),
+        }))
     }
 
     /// The same, with a directory on the disk that takes what is written to the root: `GrowDisks` needs it.
@@ -82,41 +94,6 @@ impl Guest {
         }
         Err(Status::failed_precondition("the guest is not personalised yet: call Personalise first"))
     }
-
-    async fn personalise_now(&self, request: v1::PersonaliseRequest) -> Result<(), Status> {
-        let mut identity = self.0.identity.lock().await;
-        let nic = personalise::check(&request).map_err(Status::invalid_argument)?;
-        let began = now_us();
-        if identity.as_ref().is_none_or(|now| !same(now, &request)) {
-            let address = personalise::apply(request.clone(), nic)
-                .await
-                .map_err(|error| failed("personalise", &error))?;
-            *self.0.known.lock().unwrap_or_else(PoisonError::into_inner) =
-                Known { personalised: true, template: request.template, address, home: request.home.clone() };
-            self.add_step(Step::ends_now("personalise", began));
-            *identity = Some(request.clone());
-        }
-        if !self.0.init.started() {
-            let began = now_us();
-            self.0
-                .init
-                .hand_over(request.init_systemd)
-                .await
-                .map_err(|error| failed("hand over PID 1", &error))?;
-            self.add_step(Step::ends_now("init", began));
-        }
-        Ok(())
-    }
-}
-
-/// Whether two requests describe the same machine; time and randomness are of the moment.
-fn same(a: &v1::PersonaliseRequest, b: &v1::PersonaliseRequest) -> bool {
-    let still = |request: &v1::PersonaliseRequest| v1::PersonaliseRequest {
-        unix_time_us: 0,
-        entropy: Vec::new(),
-        ..request.clone()
-    };
-    still(a) == still(b)
 }
 
 fn failed(what: &str, error: &io::Error) -> Status {
@@ -155,13 +132,13 @@ impl guest_server::Guest for Guest {
     async fn health(&self, _: Request<v1::HealthRequest>) -> Reply<v1::HealthReply> {
         Ok(Response::new(v1::HealthReply {
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            boot_id: boot_id()?,
+            boot_id: identity::boot_id().map_err(|error| failed("read the boot id", &error))?,
             personalised: self.known().personalised,
             init_started: self.0.init.started(),
             uptime_us: now_us(),
             template: self.known().template,
             unix_time_us: identity::clock_us(),
-            pending: Vec::new(),
+            pending: self.0.pending.names(),
         }))
     }
 
@@ -169,37 +146,23 @@ impl guest_server::Guest for Guest {
         // A task of its own: a host that goes away half-way leaves no half-done identity.
         let (guest, request) = (self.clone(), request.into_inner());
         let task = tokio::spawn(async move { guest.personalise_now(request).await });
-        task.await.map_err(|error| Status::internal(error.to_string()))??;
-        Ok(Response::new(v1::PersonaliseReply { boot_id: boot_id()?, ..Default::default() }))
+        task.await.map_err(|error| Status::internal(error.to_string()))?.map(Response::new)
     }
 
     async fn quiesce(&self, _: Request<v1::QuiesceRequest>) -> Reply<v1::QuiesceReply> {
         self.ready()?;
-        let began = now_us();
-        blocking("sync", || {
-            nix::unistd::sync();
-            Ok(())
-        })
-        .await?;
-        let steps = vec![Step::ends_now("sync", began).into()];
-        Ok(Response::new(v1::QuiesceReply { steps, left: Vec::new() }))
+        let guest = self.clone();
+        let task = tokio::spawn(async move { guest.quiesce_now().await });
+        task.await.map_err(|error| Status::internal(error.to_string()))?.map(Response::new)
     }
 
     async fn resumed(&self, request: Request<v1::ResumedRequest>) -> Reply<v1::ResumedReply> {
-        let v1::ResumedRequest { unix_time_us, entropy } = request.into_inner();
-        identity::add_entropy(&entropy).map_err(|error| failed("add entropy", &error))?;
-        let was = identity::clock_us();
-        identity::set_clock(unix_time_us).map_err(|error| failed("set the clock", &error))?;
-        let clock_was_off_us = unix_time_us.cast_signed().saturating_sub(was.cast_signed());
-        Ok(Response::new(v1::ResumedReply { boot_id: boot_id()?, clock_was_off_us }))
+        self.resumed_now(request.into_inner()).await.map(Response::new)
     }
 
     async fn timeline(&self, _: Request<v1::TimelineRequest>) -> Reply<v1::TimelineReply> {
         let steps = self.0.steps.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let steps = steps
-            .into_iter()
-            .map(Into::into)
-            .collect();
+        let steps = steps.into_iter().map(Into::into).collect();
         Ok(Response::new(v1::TimelineReply { steps }))
     }
 
@@ -331,8 +294,11 @@ impl guest_server::Guest for Guest {
             _ => {}
         }
         let began = now_us();
-        let wanted = wait::Wanted { port, unit, timeout: Duration::from_millis(timeout_ms) };
-        let done = wait::wait(&wanted, self.known().address).await;
+        let timeout = Duration::from_millis(timeout_ms);
+        let done = match self.0.pending.wait(timeout).await {
+            Ok(()) => wait::wait(&wait::Wanted { port, unit, timeout }, self.known().address).await,
+            Err(why) => Err(wait::NotUp { why, log: String::new() }),
+        };
         let waited_us = now_us().saturating_sub(began);
         let (ready, (why, log)) = match done {
             Ok(()) => (true, Default::default()),
@@ -380,10 +346,4 @@ impl guest_server::Guest for Guest {
         });
         Ok(Response::new(v1::ShutdownReply {}))
     }
-}
-
-fn boot_id() -> Result<String, Status> {
-    let text = fs_err::read_to_string("/proc/sys/kernel/random/boot_id")
-        .map_err(|error| failed("read the boot id", &error))?;
-    Ok(text.trim().to_owned())
 }

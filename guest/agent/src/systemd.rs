@@ -1,6 +1,8 @@
-//! What systemd says of a unit, asked on its private socket (`/run/systemd/private`): D-Bus without a bus, so it answers
-//! as soon as systemd has started, whether the image has dbus or not, and costs no process. One method is enough,
-//! `ListUnitsByNames` (org.freedesktop.systemd1(5)), so this is the part of the D-Bus wire format that it needs and no more.
+//! What systemd says of units, and what it is to do with them, on its private socket (`/run/systemd/private`): D-Bus without
+//! a bus, so it answers as soon as systemd has started, whether the image has dbus or not, and costs no process. The methods
+//! are those of org.freedesktop.systemd1(5); [`wire`] is the part of D-Bus that they need and no more.
+
+mod wire;
 
 use std::io;
 use std::path::Path;
@@ -8,29 +10,62 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
+use wire::{Reader, Writer, call};
 
 /// Where systemd listens.
 pub(crate) const SOCKET: &str = "/run/systemd/private";
 
-/// The longest answer that is read: one unit's is under 1 KiB.
-const MAX_MESSAGE: usize = 64 << 10;
+/// The longest answer that is read: one unit's part is under 1 KiB.
+const MAX_MESSAGE: usize = 256 << 10;
 /// The longest line of the handshake.
 const MAX_LINE: usize = 1 << 10;
 /// How long systemd may take to answer once it accepted the connection.
 const ANSWER: Duration = Duration::from_secs(20);
 
+/// Between two questions whether a job has ended.
+const POLL: Duration = Duration::from_millis(20);
+
+const DESTINATION: &str = "org.freedesktop.systemd1";
+const MANAGER: [&str; 2] = ["/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager"];
+
 const METHOD_RETURN: u8 = 2;
 const ERROR: u8 = 3;
 
 /// What systemd knows of a unit.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Unit {
+    pub(crate) name: String,
     /// `loaded`, `not-found`, `masked`, `error`, `bad-setting`.
     pub(crate) load: String,
     /// `active`, `activating`, `inactive`, `failed`, `reloading`, `deactivating`.
     pub(crate) active: String,
     /// The unit type's own word: `running`, `auto-restart`, `dead`.
     pub(crate) sub: String,
+    /// Something is being done with it.
+    pub(crate) busy: bool,
+    /// Its object.
+    pub(crate) path: String,
+}
+
+/// What is to be done with a unit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Act {
+    /// Start it.
+    Start,
+    /// Stop it.
+    Stop,
+    /// Restart it, if it is active.
+    TryRestart,
+}
+
+impl Act {
+    fn method(self) -> &'static str {
+        match self {
+            Self::Start => "StartUnit",
+            Self::Stop => "StopUnit",
+            Self::TryRestart => "TryRestartUnit",
+        }
+    }
 }
 
 /// Whether `name` may be asked for: a unit's name (systemd.unit(5)), not an option or a path.
@@ -82,16 +117,95 @@ impl Manager {
     /// # Errors
     /// When systemd refuses, or is gone.
     pub(crate) async fn unit(&mut self, unit: &str) -> io::Result<Unit> {
+        self.units(&[unit]).await?.into_iter().next().ok_or_else(|| odd("an answer without the unit"))
+    }
+
+    /// The same for several units.
+    ///
+    /// # Errors
+    /// When systemd refuses, or is gone.
+    pub(crate) async fn units(&mut self, units: &[&str]) -> io::Result<Vec<Unit>> {
+        let mut body = Writer::default();
+        body.texts(units);
+        let answer = self.ask(MANAGER, "ListUnitsByNames", "as", &body.0).await?;
+        read_units(&answer).ok_or_else(|| odd("an answer without the unit"))
+    }
+
+    /// The active timers that go by the calendar.
+    ///
+    /// # Errors
+    /// When systemd refuses, or is gone.
+    pub(crate) async fn calendar_timers(&mut self) -> io::Result<Vec<String>> {
+        let mut body = Writer::default();
+        body.texts(&["active"]);
+        body.texts(&["*.timer"]);
+        let answer = self.ask(MANAGER, "ListUnitsByPatterns", "asas", &body.0).await?;
+        let timers = read_units(&answer).ok_or_else(|| odd("an answer that lists no units"))?;
+        let mut names = Vec::new();
+        for timer in timers {
+            let mut body = Writer::default();
+            body.text("org.freedesktop.systemd1.Timer");
+            body.text("NextElapseUSecRealtime");
+            let object = [timer.path.as_str(), "org.freedesktop.DBus.Properties"];
+            let answer = self.ask(object, "Get", "ss", &body.0).await?;
+            // A variant: its signature, and the number.
+            let mut reader = Reader::new(&answer);
+            let next = (|| {
+                let _signature = reader.take(3)?;
+                reader.long()
+            })();
+            // Without a next time on the calendar it is one of the two.
+            if !matches!(next, None | Some(0 | u64::MAX)) {
+                names.push(timer.name);
+            }
+        }
+        Ok(names)
+    }
+
+    /// Has systemd begin to do something with `unit`.
+    ///
+    /// # Errors
+    /// When systemd refuses: it has no such unit, say; or is gone.
+    pub(crate) async fn act(&mut self, act: Act, unit: &str) -> io::Result<()> {
+        let mut body = Writer::default();
+        body.text(unit);
+        body.text("replace");
+        self.ask(MANAGER, act.method(), "ss", &body.0).await.map(drop)
+    }
+
+    /// Waits until nothing is being done with `units` any more; how they are then.
+    ///
+    /// # Errors
+    /// When systemd is gone, or it takes longer than `patience`.
+    pub(crate) async fn settled(&mut self, units: &[&str], patience: Duration) -> io::Result<Vec<Unit>> {
+        let until = tokio::time::Instant::now() + patience;
+        loop {
+            let now = self.units(units).await?;
+            let Some(busy) = now.iter().find(|unit| unit.busy) else { return Ok(now) };
+            if tokio::time::Instant::now() > until {
+                let text = format!("unit {} is still {} ({})", busy.name, busy.active, busy.sub);
+                return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// The body of the answer to a call.
+    async fn ask(
+        &mut self,
+        [object, interface]: [&str; 2],
+        method: &str,
+        signature: &str,
+        body: &[u8],
+    ) -> io::Result<Vec<u8>> {
         self.serial += 1;
-        let call = list_units_by_names(self.serial, unit);
+        let call = call(self.serial, DESTINATION, [object, interface, method], signature, body);
         within(async {
             self.stream.write_all(&call).await?;
             loop {
                 let (kind, body) = self.message().await?;
                 match kind {
-                    METHOD_RETURN => {
-                        return first_unit(&body).ok_or_else(|| odd("an answer without the unit"));
-                    }
+                    METHOD_RETURN => return Ok(body),
                     ERROR => {
                         let text = Reader::new(&body).text().unwrap_or("no reason").to_owned();
                         return Err(io::Error::other(format!("systemd: {text}")));
@@ -134,123 +248,24 @@ fn odd(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("systemd's private socket: {what}"))
 }
 
-/// The call, in little-endian D-Bus.
-fn list_units_by_names(serial: u32, unit: &str) -> Vec<u8> {
-    let mut names = Writer::default();
-    names.text(unit);
-    let mut body = Writer::default();
-    body.number(names.0.len());
-    body.0.extend(names.0);
-    let to = ["/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager", "ListUnitsByNames"];
-    call(serial, "org.freedesktop.systemd1", to, "as", &body.0)
-}
-
-/// A call of `method`, of an interface of an object of `destination`.
-fn call(
-    serial: u32,
-    destination: &str,
-    [object, interface, method]: [&str; 3],
-    signature: &str,
-    body: &[u8],
-) -> Vec<u8> {
-    let mut fields = Writer::default();
-    fields.field(1, "o", object);
-    fields.field(2, "s", interface);
-    fields.field(3, "s", method);
-    fields.field(6, "s", destination);
-    fields.align(8);
-    fields.0.push(8);
-    fields.signature("g");
-    fields.signature(signature);
-
-    let mut message = Writer(vec![b'l', 1, 0, 1]);
-    message.number(body.len());
-    message.0.extend(serial.to_le_bytes());
-    message.number(fields.0.len());
-    message.0.extend(fields.0);
-    message.align(8);
-    message.0.extend(body);
-    message.0
-}
-
-/// Bytes in the making, aligned from their beginning: what they are put behind must end at a multiple of 8.
-#[derive(Debug, Default)]
-struct Writer(Vec<u8>);
-
-impl Writer {
-    fn align(&mut self, to: usize) {
-        self.0.resize(self.0.len().next_multiple_of(to), 0);
-    }
-
-    fn number(&mut self, number: usize) {
-        self.align(4);
-        self.0.extend(u32::try_from(number).unwrap_or(u32::MAX).to_le_bytes());
-    }
-
-    fn text(&mut self, text: &str) {
-        self.number(text.len());
-        self.0.extend(text.as_bytes());
-        self.0.push(0);
-    }
-
-    fn signature(&mut self, text: &str) {
-        self.0.push(u8::try_from(text.len()).unwrap_or(0));
-        self.0.extend(text.as_bytes());
-        self.0.push(0);
-    }
-
-    /// One header field: a number, and a variant that holds a text or path.
-    fn field(&mut self, code: u8, kind: &str, value: &str) {
-        self.align(8);
-        self.0.push(code);
-        self.signature(kind);
-        self.text(value);
-    }
-}
-
-/// The answer's first unit: `a(ssssssouso)`, of which name, description, load, active and sub state come first.
-fn first_unit(body: &[u8]) -> Option<Unit> {
+/// An answer's units: `a(ssssssouso)`, of which name, description, load, active and sub state come first, then whom it follows,
+/// its object, and what is being done with it: a number, 0 for nothing, a word and an object.
+fn read_units(body: &[u8]) -> Option<Vec<Unit>> {
     let mut reader = Reader::new(body);
-    reader.number()?;
+    let length = reader.number()?;
     reader.align(8)?;
-    let mut text = || reader.text().map(str::to_owned);
-    let (_name, _description) = (text()?, text()?);
-    Some(Unit { load: text()?, active: text()?, sub: text()? })
-}
-
-struct Reader<'a> {
-    bytes: &'a [u8],
-    at: usize,
-}
-
-impl<'a> Reader<'a> {
-    fn new(bytes: &'a [u8]) -> Self {
-        Self { bytes, at: 0 }
+    let end = reader.place().checked_add(length)?;
+    let mut units = Vec::new();
+    while !reader.is_at(end) {
+        reader.align(8)?;
+        let mut text = || reader.text().map(str::to_owned);
+        let (name, _description, load, active, sub) = (text()?, text()?, text()?, text()?, text()?);
+        let (_follows, path) = (text()?, text()?);
+        let busy = reader.number()? != 0;
+        let (_job, _object) = (reader.text()?, reader.text()?);
+        units.push(Unit { name, load, active, sub, busy, path });
     }
-
-    fn align(&mut self, to: usize) -> Option<()> {
-        self.at = self.at.checked_next_multiple_of(to)?;
-        Some(())
-    }
-
-    fn take(&mut self, count: usize) -> Option<&'a [u8]> {
-        let end = self.at.checked_add(count)?;
-        let taken = self.bytes.get(self.at..end)?;
-        self.at = end;
-        Some(taken)
-    }
-
-    fn number(&mut self) -> Option<usize> {
-        self.align(4)?;
-        usize::try_from(u32::from_le_bytes(self.take(4)?.try_into().ok()?)).ok()
-    }
-
-    fn text(&mut self) -> Option<&'a str> {
-        let count = self.number()?;
-        let text = self.take(count)?;
-        self.take(1)?;
-        std::str::from_utf8(text).ok()
-    }
+    Some(units)
 }
 
 #[cfg(test)]
@@ -269,20 +284,40 @@ mod tests {
 
     #[test]
     fn a_unit_is_read_from_an_answer_and_never_from_a_part_of_one() {
-        let mut body = Writer::default();
-        body.number(0);
-        body.align(8);
-        for text in ["a.service", "A service", "loaded", "failed", "failed"] {
-            body.text(text);
+        // Behind the length, which is not counted, and its padding.
+        let mut units = Writer::default();
+        for (name, state, job) in [("a.service", "failed", 0), ("b.timer", "active", 7)] {
+            units.align(8);
+            for text in [name, "What it is", "loaded", state, state, "", "/unit/x"] {
+                units.text(text);
+            }
+            units.number(job);
+            units.text("restart");
+            units.text("/job/7");
         }
-        let unit = Unit { load: "loaded".into(), active: "failed".into(), sub: "failed".into() };
-        assert_eq!(first_unit(&body.0), Some(unit));
+        let mut body = Writer::default();
+        body.number(units.0.len());
+        body.align(8);
+        body.0.extend(units.0);
+        let unit = |name: &str, state: &str, busy| Unit {
+            name: name.into(),
+            load: "loaded".into(),
+            active: state.into(),
+            sub: state.into(),
+            busy,
+            path: "/unit/x".into(),
+        };
+        assert_eq!(
+            read_units(&body.0),
+            Some(vec![unit("a.service", "failed", false), unit("b.timer", "active", true)])
+        );
         for end in 0..body.0.len() {
             let part = body.0.get(..end).unwrap();
-            assert_eq!(first_unit(part), None, "{end} bytes");
+            assert_eq!(read_units(part), None, "{end} bytes");
         }
-        let huge = [0, 0, 0, 0, 0, 0, 0, 0, 255, 255, 255, 255, 1, 1];
-        assert_eq!(first_unit(&huge), None);
+        let huge = [255, 255, 0, 0, 0, 0, 0, 0, 255, 255, 255, 255, 1, 1];
+        assert_eq!(read_units(&huge), None);
+        assert_eq!(read_units(&[0; 8]), Some(vec![]));
     }
 
     /// A real D-Bus server, which checks every byte of a message and hangs up at the first wrong one, takes the call. There is
@@ -313,8 +348,13 @@ mod tests {
         manager.stream.write_all(&hello).await.unwrap();
         let refused = manager.unit("ssh.service").await;
         let greeted = manager.unit("dev-vd\\x2da.device").await;
+        let acted = manager.act(Act::TryRestart, "ssh.service").await;
+        let timers = manager.calendar_timers().await;
         server.kill().unwrap();
         server.wait().unwrap();
+        for told in [acted.unwrap_err(), timers.unwrap_err()] {
+            assert!(told.to_string().contains("org.freedesktop.systemd1"), "{told}");
+        }
         // The answer to the greeting is taken for an answer without a unit.
         assert!(refused.unwrap_err().to_string().contains("without the unit"));
         let told = greeted.unwrap_err().to_string();

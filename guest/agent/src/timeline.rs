@@ -1,12 +1,14 @@
 //! The boot, step by step. PID 1 measures the first steps and hands them to the agent, which adds its own.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use bothy_guest_proto::v1;
 use nix::time::{ClockId, clock_gettime};
 
 /// One step of the boot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Step {
-    /// `kernel`, `modules`, `mounts`, `channel`, `personalise`, `init`.
+    /// `kernel`, `modules`, `mounts`, `channel`, `personalise`, `init`; of a resumed machine the parts of `personalise`.
     pub name: String,
     /// When it began, in microseconds since the kernel started.
     pub started_us: u64,
@@ -33,6 +35,37 @@ impl Step {
         let mut words = line.split(' ');
         let (name, started, took) = (words.next()?, words.next()?, words.next()?);
         Some(Self { name: name.to_owned(), started_us: started.parse().ok()?, took_us: took.parse().ok()? })
+    }
+}
+
+/// The steps of one call, as they end; clones share them.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Steps(Arc<Mutex<Vec<Step>>>);
+
+impl Steps {
+    /// Does `work` as a step called `name`.
+    pub(crate) fn run<T>(&self, name: &str, work: impl FnOnce() -> T) -> T {
+        let began = now_us();
+        let done = work();
+        self.add(Step::ends_now(name, began));
+        done
+    }
+
+    /// The same for what takes its time.
+    pub(crate) async fn wait<T>(&self, name: &str, work: impl Future<Output = T>) -> T {
+        let began = now_us();
+        let done = work.await;
+        self.add(Step::ends_now(name, began));
+        done
+    }
+
+    fn add(&self, step: Step) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(step);
+    }
+
+    /// All of them so far.
+    pub(crate) fn all(&self) -> Vec<Step> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 

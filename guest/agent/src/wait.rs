@@ -196,7 +196,7 @@ mod tests {
     use super::*;
 
     fn unit(load: &str, active: &str) -> Unit {
-        Unit { load: load.into(), active: active.into(), sub: "x".into() }
+        Unit { load: load.into(), active: active.into(), sub: "x".into(), ..Unit::default() }
     }
 
     #[test]

@@ -15,19 +15,19 @@ use crate::sys;
 /// How long a disk that was made larger may take to say so.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Mounts the disk with serial `work` on `home` and grows it. `false` if the machine has no such disk. Mounted already: only grows.
+/// Mounts the disk with serial `work` on `home`, once it has at least `least` bytes. `false` if the machine has no such disk.
 ///
 /// # Errors
-/// When the disk cannot be mounted or grown.
-pub(crate) fn mount_on(home: &Path) -> io::Result<bool> {
+/// When the disk stays smaller, or cannot be mounted.
+pub(crate) fn mount_on(home: &Path, least: u64) -> io::Result<bool> {
     let Some(disk) = by_serial("work")? else { return Ok(false) };
+    wait_for(&disk, least)?;
     if !is_mounted(&fs_err::read_to_string("/proc/self/mounts")?, &disk, home) {
         fs_err::create_dir_all(home)?;
         mount(Some(&disk), home, Some("ext4"), MsFlags::empty(), None::<&str>).map_err(|errno| {
             io::Error::other(format!("mount {} on {}: {}", disk.display(), home.display(), errno.desc()))
         })?;
     }
-    grow(&disk, &File::open(home)?)?;
     Ok(true)
 }
 
@@ -58,7 +58,13 @@ pub(crate) fn grow_system(directory: &File, least: u64) -> io::Result<u64> {
 }
 
 fn grown(disk: &Path, directory: &File, least: u64) -> io::Result<u64> {
-    // The kernel hears of a new size by an interrupt, and looks at it when it comes to it.
+    wait_for(disk, least)?;
+    grow(disk, directory)
+}
+
+/// Waits until the guest knows that `disk` has at least `least` bytes. The kernel hears of a new size by an interrupt, and looks
+/// at it when it comes to it.
+fn wait_for(disk: &Path, least: u64) -> io::Result<()> {
     let until = Instant::now() + PATIENCE;
     while sectors(disk)?.saturating_mul(512) < least {
         if Instant::now() > until {
@@ -70,7 +76,7 @@ fn grown(disk: &Path, directory: &File, least: u64) -> io::Result<u64> {
         }
         std::thread::sleep(Duration::from_millis(2));
     }
-    grow(disk, directory)
+    Ok(())
 }
 
 /// Grows the file system on `disk`, which `directory` is on, to the disk's size; at that size already, nothing happens.
