@@ -8,7 +8,7 @@
 mod host;
 
 use bothy_vm_agent::vmm::{
-    Accel, Driver, Firecracker, Memory, Origin, Verb, VmPlan,
+    Accel, Driver, Firecracker, Memory, Origin, Snapshot, Verb, VmPlan,
     firecracker::{
         Version,
         api::{
@@ -278,6 +278,11 @@ fn every_request_is_one_that_the_published_schema_knows() {
     let Monitor::Api { requests } = driver.launch_spec(&plan()).unwrap().monitor else {
         panic!("no requests")
     };
+    let from = Snapshot { state: "/s".into(), memory: "/m".into() };
+    let saved = VmPlan { from: Origin::Template(from), ..plan() };
+    let Monitor::Api { requests: resumed } = driver.launch_spec(&saved).unwrap().monitor else {
+        panic!("no requests")
+    };
     let verbs = [
         driver.powerdown(),
         driver.pause(),
@@ -290,7 +295,7 @@ fn every_request_is_one_that_the_published_schema_knows() {
         _ => None,
     });
     let mut checked = 0;
-    for request in all().into_iter().chain(requests).chain(verbs) {
+    for request in all().into_iter().chain(requests).chain(resumed).chain(verbs) {
         schema.check(&request).unwrap();
         checked += 1;
     }

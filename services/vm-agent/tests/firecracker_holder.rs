@@ -8,7 +8,8 @@ mod host;
 
 use bothy_contract::VmId;
 use bothy_vm_agent::vmm::{
-    Accel, Driver, Firecracker, LaunchSpec, Memory, Origin, RunState, Verb, VmPlan,
+    Accel, Driver, Firecracker, LaunchSpec, Memory, Origin, RunState, Save, SealedMemory, Snapshot, Verb,
+    VmPlan,
     firecracker::{
         Version,
         api::{Action, Method, Request},
@@ -23,6 +24,7 @@ use hyper::{Response, body::Bytes, service::service_fn};
 use hyper_util::rt::TokioIo;
 use std::{
     io::Write,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -39,8 +41,12 @@ const ASKED: &str = "vmm.log.asked";
 
 fn spec(host: &Host) -> LaunchSpec {
     let vm = VmId::new();
+    spec_of(plan_of(host, vm))
+}
+
+fn plan_of(host: &Host, vm: VmId) -> VmPlan {
     let at = |name: &str| host.dir.path().join(name);
-    let plan = VmPlan {
+    VmPlan {
         vm,
         name: "stand-in".into(),
         dir: at(&vm.to_string()[24..]),
@@ -59,7 +65,11 @@ fn spec(host: &Host) -> LaunchSpec {
         groups: vec![],
         accel: Accel::Kvm,
         tsc_khz: None,
-    };
+    }
+}
+
+/// The stand-in is launched for that.
+fn spec_of(plan: VmPlan) -> LaunchSpec {
     let mut spec = driver().launch_spec(&plan).unwrap();
     let me = std::env::current_exe().unwrap();
     let words = ["--ignored", "--exact", "the_stand_in", "--nocapture"];
@@ -96,6 +106,19 @@ async fn the_stand_in() {
                     "PUT /drives/broken" => (400, r#"{"fault_message":"no such drive can be"}"#),
                     _ => (204, ""),
                 };
+                let body: serde_json::Value = serde_json::from_slice(&body).unwrap_or_default();
+                let path = |pointer| body.pointer(pointer).and_then(|path| path.as_str()).unwrap().to_owned();
+                if what == "PUT /snapshot/create" {
+                    fs_err::write(path("/snapshot_path"), "the state").unwrap();
+                    fs_err::write(path("/mem_file_path"), vec![9; 1 << 20]).unwrap();
+                }
+                if what == "PUT /snapshot/load" {
+                    // What it is given, and where its disks are, it says on its console.
+                    let state = fs_err::read_to_string(path("/snapshot_path")).unwrap();
+                    let memory = fs_err::read(path("/mem_backend/backend_path")).unwrap();
+                    let disk = fs_err::read_to_string(wire::disk_link("work")).unwrap();
+                    println!("goes on from {state}, {} of {:?}, {disk}", memory.len(), memory.first());
+                }
                 if what == "PUT /logger" {
                     fs_err::write(dir.join(wire::LOG_PIPE), "a word for the log\n").unwrap();
                 }
@@ -196,10 +219,7 @@ async fn a_holder_configures_its_firecracker_and_leads_to_the_guest() {
     holder.perform(&driver.powerdown()).await.unwrap();
     holder.perform(&driver.resize_disk("work", 1 << 30)).await.unwrap();
     let asked = fs_err::read_to_string(spec.dir.join(ASKED)).unwrap();
-    let patch = format!(
-        r#"PATCH /drives/work {{"drive_id":"work","path_on_host":"{}"}}"#,
-        host.dir.path().join("work").display()
-    );
+    let patch = r#"PATCH /drives/work {"drive_id":"work","path_on_host":"work.disk"}"#;
     assert_eq!(asked.lines().last().unwrap(), patch, "with the path that it was launched with");
     let broken = Request { method: Method::Put, path: "/drives/broken".into(), body: None };
     let e = holder.perform(&Verb::Api(broken)).await.unwrap_err();
@@ -221,6 +241,51 @@ async fn a_holder_configures_its_firecracker_and_leads_to_the_guest() {
     let (holder, handle) = host.launch(&spec).await;
     holder.kill(9).await.unwrap();
     gone(handle).await;
+}
+
+#[tokio::test]
+async fn a_guest_is_saved_by_way_of_the_holders_directory_and_goes_on() {
+    bothy_testkit::require_root!();
+    let host = Host::new();
+    let boot = spec(&host);
+    let (holder, handle) = host.launch(&boot).await;
+    let store = host.dir.path().join("store");
+    fs_err::create_dir(&store).unwrap();
+    fs_err::set_permissions(&store, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    let to = Snapshot { state: store.join("state"), memory: store.join("memory") };
+    for (what, goes_on) in [(Save::Whole { resume: true }, true), (Save::Devices, false)] {
+        let saved = holder.save(&to, what, 1).await.unwrap();
+        assert_eq!((saved.state_bytes, saved.memory_bytes), (9, Some(1 << 20)));
+        let asked = fs_err::read_to_string(boot.dir.join(ASKED)).unwrap();
+        let last = if goes_on { r#"PATCH /vm {"state":"Resumed"}"# } else { "PUT /snapshot/create" };
+        assert!(asked.lines().last().unwrap().starts_with(last), "{asked}");
+        for file in [&to.state, &to.memory] {
+            let meta = fs_err::metadata(file).unwrap();
+            assert_eq!((meta.uid(), meta.mode() & 0o7777), (0, 0o600));
+        }
+    }
+    assert!(!boot.dir.join(wire::STATE_SPOOL).exists() && !boot.dir.join(wire::MEMORY_SPOOL).exists());
+    holder.perform(&driver().quit()).await.unwrap();
+    gone(handle).await;
+
+    // As another user, who gets to neither file by its path; and in the place of the first one, as that user.
+    fs_err::write(host.dir.path().join("work"), "and its disk").unwrap();
+    let sealed = SealedMemory::load(&to.memory).unwrap();
+    let template = Snapshot { state: to.state.clone(), memory: sealed.path() };
+    let first = boot.vm;
+    for (from, vm, uid) in
+        [(Origin::Template(template), VmId::new(), UID + 1), (Origin::Saved(to.clone()), first, UID)]
+    {
+        let spec = spec_of(VmPlan { from, uid, memory_mib: 1, ..plan_of(&host, vm) });
+        let (holder, handle) = host.launch(&spec).await;
+        let said = "goes on from the state, 1048576 of Some(9), and its disk";
+        contains(&spec.dir.join(wire::CONSOLE_LOG), said).await;
+        holder.perform(&driver().resize_disk("work", 1 << 30)).await.unwrap();
+        let asked = fs_err::read_to_string(spec.dir.join(ASKED)).unwrap();
+        assert!(asked.lines().last().unwrap().contains(r#""path_on_host":"work.disk""#), "{asked}");
+        holder.perform(&driver().quit()).await.unwrap();
+        gone(handle).await;
+    }
 }
 
 #[tokio::test]

@@ -266,6 +266,7 @@ impl Driver for QemuMicrovm {
             cgroup: None,
             memory,
             restore,
+            disks: Vec::new(),
         })
     }
 

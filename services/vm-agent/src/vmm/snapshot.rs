@@ -226,19 +226,7 @@ impl SealedMemory {
         let copy: OwnedFd =
             rustix::fs::memfd_create("bothy-template", flags).map_err(|e| failed(e.into()))?;
         let copy = fs_err::File::from_parts(copy.into(), "a template's memory");
-        copy.set_len(bytes).map_err(failed)?;
-        let mut buffer = vec![0; CHUNK];
-        let mut at = 0;
-        while let Some((start, end)) = data(&source, at).map_err(failed)? {
-            at = start;
-            while at < end {
-                let most = usize::try_from(end - at).unwrap_or(CHUNK).min(CHUNK);
-                let Some(part) = buffer.get_mut(..most) else { break };
-                source.file().read_exact_at(part, at).map_err(failed)?;
-                copy.file().write_all_at(part, at).map_err(failed)?;
-                at += most as u64;
-            }
-        }
+        copy_sparse(&source, &copy).map_err(failed)?;
         let seals = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
         rustix::fs::fcntl_add_seals(&copy, seals).map_err(|e| failed(e.into()))?;
         Ok(Self { file: copy, bytes })
@@ -249,10 +237,36 @@ impl SealedMemory {
         format!("/proc/{}/fd/{}", std::process::id(), self.file.file().as_raw_fd()).into()
     }
 
+    /// The copy.
+    pub fn file(&self) -> &fs_err::File {
+        &self.file
+    }
+
     /// The guest's memory, in bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
+}
+
+/// Copies what `from` has into `to`, which is empty, and leaves its holes holes. Blocks.
+///
+/// # Errors
+/// Either cannot be read or written.
+pub fn copy_sparse(from: &fs_err::File, to: &fs_err::File) -> io::Result<()> {
+    to.set_len(from.metadata()?.len())?;
+    let mut buffer = vec![0; CHUNK];
+    let mut at = 0;
+    while let Some((start, end)) = data(from, at)? {
+        at = start;
+        while at < end {
+            let most = usize::try_from(end - at).unwrap_or(CHUNK).min(CHUNK);
+            let Some(part) = buffer.get_mut(..most) else { break };
+            from.file().read_exact_at(part, at)?;
+            to.file().write_all_at(part, at)?;
+            at += most as u64;
+        }
+    }
+    Ok(())
 }
 
 /// Where the next data at or after `at` begins and ends; `None` where all that follows is a hole.

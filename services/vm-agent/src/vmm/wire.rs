@@ -33,6 +33,10 @@ pub const METRICS_LOG: &str = "metrics.log";
 pub const CONSOLE_LOG: &str = "console.log";
 /// What the VMM and the holder wrote; `.1` is the older half.
 pub const VMM_LOG: &str = "vmm.log";
+/// Where a VMM that writes to paths only saves its guest's state, on the way to where that belongs.
+pub const STATE_SPOOL: &str = "saved.state";
+/// The same of its memory.
+pub const MEMORY_SPOOL: &str = "saved.memory";
 /// How the VMM ended.
 pub const EXIT_RECORD: &str = "exit.json";
 
@@ -50,6 +54,18 @@ pub const TAP_FD: &str = "@tap-fd@";
 
 /// Stands in a command line, or in a request, for the number of the descriptor of the guest's memory.
 pub const MEMORY_FD: &str = "@memory-fd@";
+
+/// Stands in a request for the number of the descriptor of the saved state, where the VMM opens that itself.
+pub const STATE_FD: &str = "@state-fd@";
+
+/// The name in the holder's directory of a link to the disk `serial`, for a VMM that writes down by which path it was told
+/// of a disk: so that this is the same for every VM.
+pub fn disk_link(serial: &str) -> String {
+    format!("{serial}{DISK_LINK}")
+}
+
+/// How the names of links to disks end.
+pub const DISK_LINK: &str = ".disk";
 
 /// Longest line on `holder.sock` in either direction, in bytes.
 pub const MAX_LINE: usize = 1 << 20;
@@ -89,6 +105,9 @@ pub struct LaunchSpec {
     /// What the guest goes on from, where it is not booted.
     #[serde(default)]
     pub restore: Option<Restore>,
+    /// Disks that a link in the holder's directory leads to, which is its VMM's working directory: their serials and files.
+    #[serde(default)]
+    pub disks: Vec<(String, PathBuf)>,
 }
 
 /// A file that is a guest's memory. It is opened with the agent's rights: the VM's user reaches it by the descriptor alone.
@@ -102,8 +121,15 @@ pub enum MemoryFile {
         /// How long.
         bytes: u64,
     },
-    /// There already, and only read.
+    /// There already, of another guest, and only read.
     Map {
+        /// Where.
+        path: PathBuf,
+        /// How long it must be.
+        bytes: u64,
+    },
+    /// There already, and the VM's own: its user's from now on.
+    Own {
         /// Where.
         path: PathBuf,
         /// How long it must be.
@@ -185,6 +211,10 @@ impl LaunchSpec {
         // Without its API a VMM could not be asked anything any more.
         if self.argv.iter().any(|arg| arg == "--no-api") {
             return Err(Error::invalid("a VMM without its API cannot be held"));
+        }
+        let plain = |serial: &str| !serial.is_empty() && serial.bytes().all(|b| b.is_ascii_alphanumeric());
+        if let Some((serial, _)) = self.disks.iter().find(|(serial, _)| !plain(serial)) {
+            return Err(Error::invalid(format!("`{serial}` is no disk's name")));
         }
         if self.uid == 0 || self.gid == 0 || self.groups.contains(&0) {
             return Err(Error::invalid("a VMM does not run as root"));
@@ -411,6 +441,7 @@ mod tests {
             cgroup: None,
             memory: None,
             restore: None,
+            disks: vec![],
         }
     }
 
@@ -422,6 +453,7 @@ mod tests {
         assert!(LaunchSpec { dir: format!("/{}", "x".repeat(100)).into(), ..spec() }.check().is_err());
         assert!(LaunchSpec { argv: vec![], ..spec() }.check().is_err());
         assert!(LaunchSpec { argv: vec!["x".into(), "--no-api".into()], ..spec() }.check().is_err());
+        assert!(LaunchSpec { disks: vec![("../x".into(), "/d".into())], ..spec() }.check().is_err());
         assert!(LaunchSpec { uid: 0, ..spec() }.check().is_err());
         assert!(LaunchSpec { groups: vec![0], ..spec() }.check().is_err());
     }

@@ -87,6 +87,7 @@ impl Host {
             cgroup: None,
             memory: None,
             restore: None,
+            disks: vec![],
         }
     }
 

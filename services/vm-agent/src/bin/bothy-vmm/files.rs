@@ -2,7 +2,10 @@
 
 use crate::os_error;
 use bothy_contract::{Code, Error};
-use bothy_vm_agent::vmm::wire::{LaunchSpec, MemoryFile};
+use bothy_vm_agent::vmm::{
+    SealedMemory,
+    wire::{self, LaunchSpec, MemoryFile, Monitor},
+};
 use fs_err::os::unix::fs::OpenOptionsExt;
 use nix::{
     fcntl::{FcntlArg, OFlag, fcntl},
@@ -17,7 +20,17 @@ const LEAST: i32 = 100;
 #[derive(Debug)]
 pub(crate) struct Files {
     memory: Option<fs_err::File>,
-    state: Option<fs_err::File>,
+    state: State,
+}
+
+/// What a guest goes on from.
+#[derive(Debug)]
+enum State {
+    None,
+    /// For the holder, which passes it on to its VMM.
+    Held(fs_err::File),
+    /// For a VMM that opens it itself, as a user who may not open the file: a copy, for whoever has the descriptor.
+    Copied(SealedMemory),
 }
 
 impl Files {
@@ -27,23 +40,46 @@ impl Files {
             None => None,
             Some(MemoryFile::Make { path, bytes }) => Some(make(path, *bytes, spec)?),
             Some(MemoryFile::Map { path, bytes }) => Some(map(path, *bytes)?),
+            Some(MemoryFile::Own { path, bytes }) => {
+                let file = map(path, *bytes)?;
+                give(&file, spec).map_err(os_error("cannot hand over the saved guest's memory"))?;
+                Some(file)
+            }
         };
-        let state = spec.restore.as_ref().map(|restore| fs_err::File::open(&restore.state));
-        let state =
-            state.transpose().map_err(|err| lost(err, "cannot open what the guest was saved into"))?;
+        let state = match (&spec.restore, &spec.monitor) {
+            (None, _) => State::None,
+            (Some(restore), Monitor::Qmp) => State::Held(
+                fs_err::File::open(&restore.state)
+                    .map_err(|err| lost(err, "cannot open what the guest was saved into"))?,
+            ),
+            (Some(restore), Monitor::Api { .. }) => State::Copied(SealedMemory::load(&restore.state)?),
+        };
         Ok(Self { memory, state })
     }
 
-    /// The number under which every program started from now on finds the guest's memory.
-    pub(crate) fn memory(&self) -> Result<Option<i32>, Error> {
-        // Without close-on-exec: being inherited is what it is for.
-        let passed = self.memory.as_ref().map(|file| fcntl(file.file(), FcntlArg::F_DUPFD(LEAST)));
-        passed.transpose().map_err(|err| Error::internal("cannot pass on the guest's memory", &err))
+    /// The numbers under which every program started from now on finds them, and what stands for those until then.
+    pub(crate) fn passed_on(&self) -> Result<Vec<(&'static str, i32)>, Error> {
+        let copy = match &self.state {
+            State::Copied(copy) => Some(copy.file()),
+            State::None | State::Held(_) => None,
+        };
+        let files = [(wire::MEMORY_FD, self.memory.as_ref()), (wire::STATE_FD, copy)];
+        let files = files.into_iter().filter_map(|(placeholder, file)| Some((placeholder, file?)));
+        let passed = files.map(|(placeholder, file)| {
+            // Without close-on-exec: being inherited is what it is for.
+            Ok((placeholder, fcntl(file.file(), FcntlArg::F_DUPFD(LEAST))?))
+        });
+        passed
+            .collect::<Result<_, nix::Error>>()
+            .map_err(|err| Error::internal("cannot pass on a saved guest", &err))
     }
 
-    /// The saved state.
+    /// What the holder gets.
     pub(crate) fn state(&self) -> Option<&fs_err::File> {
-        self.state.as_ref()
+        match &self.state {
+            State::Held(file) => Some(file),
+            State::None | State::Copied(_) => None,
+        }
     }
 }
 
@@ -60,10 +96,14 @@ fn make(path: &Path, bytes: u64, spec: &LaunchSpec) -> Result<fs_err::File, Erro
             .open(path)?;
         // Before it is the VM's user's: from then on only that may.
         file.set_len(bytes)?;
-        fchown(file.file(), Some(Uid::from_raw(spec.uid)), Some(Gid::from_raw(spec.gid)))?;
+        give(&file, spec)?;
         Ok(file)
     };
     made().map_err(failed)
+}
+
+fn give(file: &fs_err::File, spec: &LaunchSpec) -> std::io::Result<()> {
+    Ok(fchown(file.file(), Some(Uid::from_raw(spec.uid)), Some(Gid::from_raw(spec.gid)))?)
 }
 
 fn map(path: &Path, bytes: u64) -> Result<fs_err::File, Error> {

@@ -1,14 +1,22 @@
 //! Firecracker as the holder sees it: an API to be told things by, and a socket that leads to the guest's vsock.
 
 use bothy_vm_agent::vmm::{
+    Save,
     firecracker::{
-        api::{Method, Request, SAME_PATH},
+        api::{Method, Request, SAME_PATH, SnapshotCreate, SnapshotType, VmState},
         client::{self, ApiError},
     },
-    wire,
+    snapshot,
+    wire::{self, SaveReply, SaveRequest},
 };
 use serde_json::Value;
-use std::{cell::Cell, io, path::Path, path::PathBuf, time::Duration};
+use std::{
+    cell::Cell,
+    io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::UnixStream,
@@ -67,13 +75,62 @@ impl Firecracker {
         let wants = request.method == Method::Patch
             && request.body.as_ref().and_then(path).is_some_and(|path| path == SAME_PATH);
         let launched = self.requests.iter().find(|r| r.method == Method::Put && r.path == request.path);
+        let link = request.path.strip_prefix("/drives/").map(wire::disk_link).map(Value::String);
         if wants
-            && let Some(path) = launched.and_then(|r| path(r.body.as_ref()?))
+            // One that goes on was not told of its disks: it has them by the links' names from the one that was saved.
+            && let Some(path) = launched.and_then(|r| path(r.body.as_ref()?)).or(link)
             && let Some(field) = request.body.as_mut().and_then(|body| body.get_mut(FIELD))
         {
             *field = path;
         }
         request
+    }
+
+    /// Saves the guest, by way of files in the holder's directory, which is where Firecracker may write: it takes paths and no
+    /// descriptors. It cannot be given up in the middle. Where this fails, the guest is as it was before.
+    pub(crate) async fn save(
+        &self,
+        request: &SaveRequest,
+        state: OwnedFd,
+        memory: OwnedFd,
+    ) -> Result<SaveReply, String> {
+        let tell = async |request: Request| self.call(request).await.map_err(|err| client::chain(&err));
+        let info = tell(Request::describe()).await?;
+        let ran = match info.get("state").and_then(Value::as_str) {
+            Some("Running") => true,
+            Some("Paused") => false,
+            other => return Err(format!("the guest is `{}`", other.unwrap_or("of an unknown state"))),
+        };
+        if ran {
+            tell(Request::vm(VmState::Paused)).await?;
+        }
+        let spool = Spool::new(self.dir());
+        let create = Request::save(&SnapshotCreate {
+            snapshot_path: wire::STATE_SPOOL.into(),
+            mem_file_path: wire::MEMORY_SPOOL.into(),
+            snapshot_type: SnapshotType::Full,
+        });
+        let saved = match tokio::time::timeout(request.limit, tell(create)).await {
+            Ok(Ok(_)) => spool.copy(state, memory).await,
+            Ok(Err(why)) => Err(why),
+            Err(_) => Err(format!("it is not done after {} s", request.limit.as_secs())),
+        };
+        let goes_on = match (&saved, request.what) {
+            (Ok(()), Save::Whole { resume }) => resume,
+            (Ok(()), Save::Devices) => false,
+            (Err(_), _) => ran,
+        };
+        if goes_on {
+            tell(Request::vm(VmState::Resumed)).await.map_err(|err| match &saved {
+                Ok(()) => format!("the guest is saved, and does not go on: {err}"),
+                Err(why) => format!("{why}; and the guest does not go on: {err}"),
+            })?;
+        }
+        saved.map(|()| SaveReply { memory_written: true, ran })
+    }
+
+    fn dir(&self) -> &Path {
+        self.api.parent().unwrap_or(Path::new("/"))
     }
 
     /// Whether the guest takes connections.
@@ -119,5 +176,42 @@ impl Firecracker {
                 }
             }
         }
+    }
+}
+
+/// What Firecracker saves into; gone when this is.
+struct Spool([PathBuf; 2]);
+
+impl Spool {
+    fn new(dir: &Path) -> Self {
+        let spool = Self([dir.join(wire::STATE_SPOOL), dir.join(wire::MEMORY_SPOOL)]);
+        spool.remove();
+        spool
+    }
+
+    fn remove(&self) {
+        for path in &self.0 {
+            drop(fs_err::remove_file(path));
+        }
+    }
+
+    /// Copies both, holes left out, and brings the copies to the disk.
+    async fn copy(&self, state: OwnedFd, memory: OwnedFd) -> Result<(), String> {
+        for (path, to) in self.0.clone().into_iter().zip([state, memory]) {
+            let copied = tokio::task::spawn_blocking(move || {
+                let to = fs_err::File::from_parts(to.into(), &path);
+                snapshot::copy_sparse(&fs_err::File::open(&path)?, &to)?;
+                to.sync_all()
+            });
+            let copied = copied.await.map_err(io::Error::other).flatten();
+            copied.map_err(|err| format!("the saved guest does not get to the disk: {err}"))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Spool {
+    fn drop(&mut self) {
+        self.remove();
     }
 }

@@ -45,6 +45,8 @@ use tokio::{
 
 /// How long the VMM may take from its start to its monitor's first answer.
 const START: Duration = Duration::from_secs(10);
+/// How much longer a Firecracker may take that maps a saved guest's memory.
+const API_LOAD: Duration = Duration::from_secs(10);
 /// How long the VMM may take to end in its own way when the holder is told to.
 const GRACE: Duration = Duration::from_secs(2);
 /// How long the last of the console may take to be read once the VMM has ended.
@@ -177,6 +179,8 @@ struct State {
 fn saved(spec: &LaunchSpec, file: Option<OwnedFd>) -> Result<(Option<State>, Duration), Error> {
     match (&spec.restore, file) {
         (None, _) => Ok((None, START)),
+        // Firecracker opens it itself, and answers its request once it is loaded.
+        (Some(_), None) if matches!(spec.monitor, Monitor::Api { .. }) => Ok((None, START + API_LOAD)),
         (Some(restore), Some(file)) => {
             let stat =
                 rustix::fs::fstat(&file).map_err(|e| Error::internal("cannot look at a saved guest", &e))?;
@@ -247,7 +251,10 @@ async fn connect(way: Way, dir: &Path, state: Option<State>) -> Result<Link, Str
 fn start(spec: &LaunchSpec) -> Result<Vmm, Error> {
     let log = |name: &str| Log::open(spec.dir.join(name)).map_err(os_error("cannot open a log"));
     let (console, errors) = (log(wire::CONSOLE_LOG)?, log(wire::VMM_LOG)?);
+    // Where Firecracker finds its disks by the same paths as any other.
+    let place = if spec.disks.is_empty() { Path::new("/") } else { &spec.dir };
     let mut child = Command::new("/proc/self/exe")
+        .current_dir(place)
         .arg("exec")
         .arg(format!("--parent={}", std::process::id()))
         .arg("--")

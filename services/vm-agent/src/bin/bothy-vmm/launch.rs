@@ -44,22 +44,38 @@ fn launch(parent: i32) -> Result<Launched, Error> {
     make_directory(&spec)?;
     enter_cgroup(&spec)?;
     become_user(&spec)?;
+    let mut numbers = files.passed_on()?;
     if let (Some(tap), Some(name)) = (tap, &spec.tap) {
-        let number = tap.attach(name)?.to_string();
-        fill_in(&mut spec, wire::TAP_FD, &number);
+        numbers.push((wire::TAP_FD, tap.attach(name)?));
     }
-    if let Some(number) = files.memory()? {
-        fill_in(&mut spec, wire::MEMORY_FD, &number.to_string());
+    for (placeholder, number) in numbers {
+        fill_in(&mut spec, placeholder, &number.to_string());
     }
     let text = serde_json::to_vec(&spec)
         .map_err(|e| Error::internal("cannot write the launch specification", &e))?;
     start(&spec, &text, &lock, files.state())
 }
 
-/// Puts a descriptor's number where the command line waits for it.
+/// Puts a descriptor's number where the command line, or a request, waits for it.
 fn fill_in(spec: &mut LaunchSpec, placeholder: &str, number: &str) {
     for arg in &mut spec.argv {
         *arg = arg.replace(placeholder, number);
+    }
+    if let wire::Monitor::Api { requests } = &mut spec.monitor {
+        requests
+            .iter_mut()
+            .filter_map(|request| request.body.as_mut())
+            .for_each(|body| put(body, placeholder, number));
+    }
+}
+
+fn put(value: &mut serde_json::Value, placeholder: &str, number: &str) {
+    use serde_json::Value;
+    match value {
+        Value::String(text) if text.contains(placeholder) => *text = text.replace(placeholder, number),
+        Value::Array(values) => values.iter_mut().for_each(|value| put(value, placeholder, number)),
+        Value::Object(fields) => fields.values_mut().for_each(|value| put(value, placeholder, number)),
+        _ => {}
     }
 }
 
@@ -79,6 +95,10 @@ fn make_directory(spec: &LaunchSpec) -> Result<(), Error> {
     // change of owner, since only an owner may; a directory keeps the bit through it (chown(2)).
     fs_err::set_permissions(dir, std::fs::Permissions::from_mode(0o2770))
         .map_err(os_error("cannot set the mode of the holder's directory"))?;
+    for (serial, file) in &spec.disks {
+        fs_err::os::unix::fs::symlink(file, dir.join(wire::disk_link(serial)))
+            .map_err(os_error("cannot make the link to a disk"))?;
+    }
     chown(dir, Some(Uid::from_raw(spec.uid)), Some(getegid()))
         .map_err(|err| Error::internal(format!("cannot hand over {}", dir.display()), &err))
 }
@@ -90,12 +110,20 @@ fn clear(dir: &Path) -> Result<(), Error> {
         return Err(Error::new(Code::AlreadyExists, format!("a holder answers on {}", socket.display())));
     }
     // A mistaken path must not cost anybody a directory: only what holders make is removed.
-    let known = [wire::CONSOLE_LOG, wire::VMM_LOG, wire::METRICS_LOG, wire::EXIT_RECORD];
+    let known = [
+        wire::CONSOLE_LOG,
+        wire::VMM_LOG,
+        wire::METRICS_LOG,
+        wire::EXIT_RECORD,
+        wire::STATE_SPOOL,
+        wire::MEMORY_SPOOL,
+    ];
     for entry in fs_err::read_dir(dir).map_err(os_error("cannot read the holder's directory"))? {
         let entry = entry.map_err(os_error("cannot read the holder's directory"))?;
         let kind = entry.file_type().map_err(os_error("cannot look into the holder's directory"))?;
         let name = entry.file_name();
         let ours = kind.is_socket()
+            || (kind.is_symlink() && name.to_string_lossy().ends_with(wire::DISK_LINK))
             || kind.is_fifo()
             || known.iter().any(|known| name.to_string_lossy().starts_with(known));
         if !ours || kind.is_dir() {

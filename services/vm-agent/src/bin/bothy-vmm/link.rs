@@ -66,6 +66,11 @@ impl Link {
         }
     }
 
+    /// Whether the VMM leaves the guest's memory where it is, in a file, when its devices are saved.
+    pub(crate) fn keeps_memory(&self) -> bool {
+        matches!(self, Self::Qemu { .. })
+    }
+
     /// Saves the guest into `files`: where its state goes, and where its memory.
     pub(crate) async fn save(
         &self,
@@ -74,12 +79,12 @@ impl Link {
         gone: impl Future<Output = ()>,
     ) -> Result<SaveReply, String> {
         let mut files = files.into_iter();
-        let (Some(state), Some(_memory), None) = (files.next(), files.next(), files.next()) else {
+        let (Some(state), Some(memory), None) = (files.next(), files.next(), files.next()) else {
             return Err("a request to save a guest takes two descriptors".into());
         };
         match self {
             Self::Qemu { qmp, gates, .. } => migrate::save(qmp, gates, request, state, gone).await,
-            Self::Firecracker(_) => Err("guests of Firecracker are not saved yet".into()),
+            Self::Firecracker(vmm) => vmm.save(request, state, memory).await,
         }
     }
 

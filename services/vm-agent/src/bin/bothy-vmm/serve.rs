@@ -183,7 +183,7 @@ fn signal(vm: &Vm, number: &str) -> String {
 
 /// Saves the guest, unless the caller hangs up before it is done.
 async fn save(stream: &UnixStream, vm: &Vm, request: &SaveRequest, files: Vec<OwnedFd>) -> String {
-    if request.what == Save::Devices && !vm.memory_apart {
+    if request.what == Save::Devices && vm.link.keeps_memory() && !vm.memory_apart {
         return "ERR the guest's memory is its VMM's own, and only a whole save has it".into();
     }
     if vm.saving.replace(true) {

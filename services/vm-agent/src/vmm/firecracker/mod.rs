@@ -13,11 +13,12 @@ mod version;
 
 use super::{
     Accel, Capabilities, Driver, LaunchSpec, Origin, RunState, Verb, VmPlan, host_cpu, text,
-    wire::{self, Monitor},
+    wire::{self, MemoryFile, Monitor, Restore},
 };
 use api::{
-    Action, Balloon, BootSource, CacheType, Drive, DrivePatch, Entropy, Level, Logger, MachineConfig,
-    Metrics, NetworkInterface, Request, VmState, Vsock,
+    Action, BackendType, Balloon, BootSource, CacheType, Drive, DrivePatch, Entropy, Level, Logger,
+    MachineConfig, MemoryBackend, Metrics, NetworkInterface, NetworkOverride, Request, SnapshotLoad, VmState,
+    Vsock,
 };
 use bothy_contract::{Code, Error};
 use serde_json::Value;
@@ -85,20 +86,9 @@ fn kernel_command_line() -> String {
     )
 }
 
-/// All requests that make a fresh Firecracker the VM of `plan` and boot it.
-fn requests(plan: &VmPlan) -> Vec<Request> {
-    let drive = |id: &str, path: &Path, read_only: bool| {
-        Request::drive(&Drive {
-            drive_id: id.into(),
-            path_on_host: path.into(),
-            // Ours is the initramfs: it finds the root by itself.
-            is_root_device: false,
-            is_read_only: read_only,
-            // What a guest was told is on the disk survives a crash of the host.
-            cache_type: if read_only { CacheType::Unsafe } else { CacheType::Writeback },
-        })
-    };
-    vec![
+/// Where it logs and counts.
+fn outputs(plan: &VmPlan) -> [Request; 2] {
+    [
         Request::logger(&Logger {
             log_path: plan.dir.join(wire::LOG_PIPE),
             level: Level::Warning,
@@ -106,6 +96,53 @@ fn requests(plan: &VmPlan) -> Vec<Request> {
             show_log_origin: false,
         }),
         Request::metrics(&Metrics { metrics_path: plan.dir.join(wire::METRICS_PIPE) }),
+    ]
+}
+
+/// All requests that make a fresh Firecracker go on, paused, from where a guest was saved. Its disks and its vsock have the
+/// paths that they had for that one: within the working directory, which is the holder's.
+fn resumed(plan: &VmPlan) -> Vec<Request> {
+    let mut requests = outputs(plan).to_vec();
+    requests.push(Request::load(&SnapshotLoad {
+        snapshot_path: by_descriptor(wire::STATE_FD),
+        mem_backend: MemoryBackend {
+            backend_type: BackendType::File,
+            backend_path: by_descriptor(wire::MEMORY_FD),
+        },
+        resume_vm: false,
+        network_overrides: vec![NetworkOverride {
+            iface_id: INTERFACE.into(),
+            host_dev_name: plan.tap.clone(),
+        }],
+        vsock_override: None,
+    }));
+    requests
+}
+
+fn by_descriptor(placeholder: &str) -> PathBuf {
+    format!("/proc/self/fd/{placeholder}").into()
+}
+
+/// The name of the guest's network interface in the API.
+const INTERFACE: &str = "net";
+
+/// All requests that make a fresh Firecracker the VM of `plan` and boot it.
+fn requests(plan: &VmPlan) -> Vec<Request> {
+    let drive = |id: &str, read_only: bool| {
+        Request::drive(&Drive {
+            drive_id: id.into(),
+            path_on_host: wire::disk_link(id).into(),
+            // Ours is the initramfs: it finds the root by itself.
+            is_root_device: false,
+            is_read_only: read_only,
+            // What a guest was told is on the disk survives a crash of the host.
+            cache_type: if read_only { CacheType::Unsafe } else { CacheType::Writeback },
+        })
+    };
+    let [logger, metrics] = outputs(plan);
+    vec![
+        logger,
+        metrics,
         Request::machine(&MachineConfig {
             vcpu_count: plan.cpus,
             mem_size_mib: plan.memory_mib,
@@ -118,15 +155,15 @@ fn requests(plan: &VmPlan) -> Vec<Request> {
             boot_args: Some(kernel_command_line()),
         }),
         // In the order of DISKS.
-        drive("rootfs", &plan.rootfs, true),
-        drive("system", &plan.system, false),
-        drive("work", &plan.work, false),
+        drive("rootfs", true),
+        drive("system", false),
+        drive("work", false),
         Request::network(&NetworkInterface {
-            iface_id: "net".into(),
+            iface_id: INTERFACE.into(),
             host_dev_name: plan.tap.clone(),
             guest_mac: Some(plan.mac.clone()),
         }),
-        Request::vsock(&Vsock { guest_cid: CID, uds_path: plan.dir.join(wire::VSOCK_SOCKET) }),
+        Request::vsock(&Vsock { guest_cid: CID, uds_path: wire::VSOCK_SOCKET.into() }),
         Request::entropy(&Entropy {}),
         Request::balloon(&Balloon { amount_mib: 0, deflate_on_oom: true, stats_polling_interval_s: 0 }),
         Request::action(Action::InstanceStart),
@@ -161,9 +198,6 @@ impl Driver for Firecracker {
             return Err(Error::new(Code::FailedPrecondition, "Firecracker runs guests under KVM only")
                 .hint("set `vm.driver` to `auto` or `qemu-microvm` in bothy.toml"));
         }
-        if plan.from != Origin::Boot {
-            return Err(Error::new(Code::FailedPrecondition, "saved guests do not go on under Firecracker yet"));
-        }
         if plan.cpus == 0 || plan.cpus > api::MAX_CPUS {
             return Err(Error::invalid(format!(
                 "{} cpus are more than Firecracker can give a guest, {}",
@@ -175,6 +209,16 @@ impl Driver for Firecracker {
         for path in [&plan.dir, &plan.kernel, &plan.initrd, &plan.rootfs, &plan.system, &plan.work] {
             text(path)?;
         }
+        let bytes = plan.memory_mib << 20;
+        let (memory, from) = match &plan.from {
+            Origin::Boot => (None, None),
+            Origin::Template(from) => (Some(MemoryFile::Map { path: from.memory.clone(), bytes }), Some(from)),
+            Origin::Saved(from) => (Some(MemoryFile::Own { path: from.memory.clone(), bytes }), Some(from)),
+        };
+        if from.is_some() {
+            self.version.snapshots()?;
+        }
+        let requests = if from.is_some() { resumed(plan) } else { requests(plan) };
         let socket = plan.dir.join(wire::API_SOCKET);
         let argv = vec![
             text(&self.program)?,
@@ -188,15 +232,18 @@ impl Driver for Firecracker {
             vmm: format!("{} {}", self.name(), self.text),
             dir: plan.dir.clone(),
             argv,
-            monitor: Monitor::Api { requests: requests(plan) },
+            monitor: Monitor::Api { requests },
             // It opens the TAP by its name.
             tap: None,
             uid: plan.uid,
             gid: plan.uid,
             groups: plan.groups.clone(),
             cgroup: None,
-            memory: None,
-            restore: None,
+            memory,
+            restore: from.map(|from| Restore { state: from.state.clone(), memory_apart: true }),
+            disks: [("rootfs", &plan.rootfs), ("system", &plan.system), ("work", &plan.work)]
+                .map(|(serial, file)| (serial.to_owned(), file.clone()))
+                .into(),
         })
     }
 

@@ -48,6 +48,27 @@ fn the_requests_of_a_launch() {
 }
 
 #[test]
+fn the_requests_of_a_guest_that_goes_on() {
+    let from = super::super::Snapshot { state: "/store/state".into(), memory: "/proc/1/fd/9".into() };
+    let plan = VmPlan { from: Origin::Template(from.clone()), ..plan() };
+    let spec = driver("1.16.1").launch_spec(&plan).unwrap();
+    let bytes = 512 << 20;
+    assert_eq!(spec.memory, Some(MemoryFile::Map { path: from.memory.clone(), bytes }));
+    let Monitor::Api { requests } = &spec.monitor else { panic!("{:?}", spec.monitor) };
+    let load = requests.last().unwrap();
+    assert_eq!((requests.len(), load.to_string().as_str()), (3, "PUT /snapshot/load"));
+    insta::assert_snapshot!(load.body.as_ref().unwrap(), @r#"{"mem_backend":{"backend_path":"/proc/self/fd/@memory-fd@","backend_type":"File"},"network_overrides":[{"host_dev_name":"bothy-tap-0","iface_id":"net"}],"resume_vm":false,"snapshot_path":"/proc/self/fd/@state-fd@"}"#);
+    let own = VmPlan { from: Origin::Saved(from.clone()), ..plan.clone() };
+    let spec = driver("1.16.1").launch_spec(&own).unwrap();
+    assert_eq!(spec.memory, Some(MemoryFile::Own { path: from.memory, bytes }));
+    assert_eq!(spec.restore.unwrap().state, from.state);
+    for version in ["1.16.0", "1.11.0"] {
+        let e = driver(version).launch_spec(&plan).unwrap_err();
+        assert!(e.message.contains(version) && e.hint.is_some(), "{e}");
+    }
+}
+
+#[test]
 fn what_it_cannot_do_is_refused_before_anything_runs() {
     let driver = driver("1.16.1");
     let e = driver.launch_spec(&VmPlan { accel: Accel::Tcg, ..plan() }).unwrap_err();
@@ -67,7 +88,9 @@ fn versions() {
     for (version, good) in [("1.9.1", false), ("1.10.0", true), ("1.17.0", true), ("2.0.0", false)] {
         assert_eq!(Version::from_words(version).unwrap().check().is_ok(), good, "{version}");
     }
-    for (version, good) in [("1.15.1", true), ("1.16.0", false), ("1.16.1", true)] {
+    for (version, good) in
+        [("1.11.0", false), ("1.12.0", true), ("1.15.1", true), ("1.16.0", false), ("1.16.1", true)]
+    {
         assert_eq!(driver(version).capabilities().snapshot, good, "{version}");
     }
 }

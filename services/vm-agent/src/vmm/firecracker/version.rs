@@ -10,6 +10,8 @@ use bothy_contract::{Code, Error};
 const OLDEST: Version = Version { major: 1, minor: 10, patch: 0 };
 /// The first that is too new.
 const BEYOND: Version = Version { major: 2, minor: 0, patch: 0 };
+/// The first that lets a resumed guest have another TAP than the one it was saved with.
+const NETWORK_OVERRIDES: Version = Version { major: 1, minor: 12, patch: 0 };
 /// Its guests' vsock is silent for ever after a restore, which 1.16.1 mended.
 const MUTE_AFTER_RESTORE: Version = Version { major: 1, minor: 16, patch: 0 };
 
@@ -68,9 +70,16 @@ impl Version {
     /// Whether guests can be saved and resumed with it.
     ///
     /// # Errors
-    /// It is the one of which resumed guests do not answer, or none that this driver is made for.
+    /// It is the one of which resumed guests do not answer, too old, or none that this driver is made for.
     pub fn snapshots(&self) -> Result<(), Error> {
         self.check()?;
+        if *self < NETWORK_OVERRIDES {
+            return Err(Error::new(
+                Code::FailedPrecondition,
+                format!("guests that Firecracker {self} resumes have the TAP that they were saved with"),
+            )
+            .hint(format!("install {NETWORK_OVERRIDES} or newer")));
+        }
         if *self != MUTE_AFTER_RESTORE {
             return Ok(());
         }
