@@ -1,6 +1,8 @@
 //! QEMU's saving and loading of guests: its migration, from and to a file.
 //!
-//! The file is handed to QEMU as an open descriptor: it need not be one that the VM's user could open. `x-ignore-shared`
+//! The file is handed to QEMU as an open descriptor: it need not be one that the VM's user could open. There are two ways, of
+//! which each version knows at least one: `fd:` took files until it was deprecated for them in 9.1 and then removed, and
+//! `file:` with a descriptor set is what took its place (docs/about/removed-features.rst). `x-ignore-shared`
 //! leaves out memory that is a shared mapping of a file; the loading side must say the same, or it refuses.
 //!
 //! <https://www.qemu.org/docs/master/devel/migration/main.html>
@@ -19,6 +21,10 @@ use tokio::time::{Instant, sleep};
 
 /// What QEMU calls the descriptor.
 const NAME: &str = "bothy-saved";
+/// The set of descriptors that it is in, where it takes a set.
+const SET: u32 = 1;
+/// The first QEMU that wants a set.
+const SETS: (u64, u64) = (9, 1);
 /// QEMU holds itself back without this, as on a network: bytes in a second.
 const BANDWIDTH: u64 = 1 << 40;
 /// How often QEMU is asked how far it is, at first and later.
@@ -30,9 +36,9 @@ const CANCEL: Duration = Duration::from_secs(5);
 /// Lets a QEMU that waits for it go on from `state`, paused.
 pub(crate) async fn load(qmp: &Qmp, state: OwnedFd, memory_apart: bool) -> Result<(), String> {
     capability(qmp, memory_apart).await?;
-    hand_over(qmp, &state).await?;
+    let uri = hand_over(qmp, &state).await?;
     drop(state);
-    told(qmp, json!({ "execute": "migrate-incoming", "arguments": { "uri": format!("fd:{NAME}") } })).await?;
+    told(qmp, json!({ "execute": "migrate-incoming", "arguments": { "uri": uri } })).await?;
     let mut pause = LOOK;
     loop {
         match progress(qmp).await? {
@@ -43,6 +49,7 @@ pub(crate) async fn load(qmp: &Qmp, state: OwnedFd, memory_apart: bool) -> Resul
         sleep(pause).await;
         pause = (pause * 2).min(LOOK_LATER);
     }
+    take_back(qmp).await;
     match run_state(qmp).await?.as_str() {
         "paused" => Ok(()),
         other => Err(format!("it is `{other}` after the load, and not paused")),
@@ -96,13 +103,18 @@ async fn written(
     capability(qmp, request.what == Save::Devices).await?;
     let fast = json!({ "max-bandwidth": BANDWIDTH });
     told(qmp, json!({ "execute": "migrate-set-parameters", "arguments": fast })).await?;
-    hand_over(qmp, state).await?;
-    let uri = json!({ "uri": format!("fd:{NAME}") });
-    if let Err(why) = told(qmp, json!({ "execute": "migrate", "arguments": uri })).await {
-        // It may not have taken the descriptor.
-        drop(told(qmp, json!({ "execute": "closefd", "arguments": { "fdname": NAME } })).await);
-        return Err(why);
-    }
+    let uri = hand_over(qmp, state).await?;
+    let migrate = json!({ "execute": "migrate", "arguments": { "uri": uri } });
+    let done = match told(qmp, migrate).await {
+        Ok(_) => finished(qmp, request, gone).await,
+        Err(why) => Err(why),
+    };
+    take_back(qmp).await;
+    done
+}
+
+/// Waits until a save is done, or gives it up.
+async fn finished(qmp: &Qmp, request: &SaveRequest, gone: impl Future<Output = ()>) -> Result<(), String> {
     let deadline = Instant::now() + request.limit;
     let mut pause = LOOK;
     tokio::pin!(gone);
@@ -169,9 +181,25 @@ async fn capability(qmp: &Qmp, ignore_shared: bool) -> Result<(), String> {
     told(qmp, json!({ "execute": "migrate-set-capabilities", "arguments": set })).await.map(drop)
 }
 
-async fn hand_over(qmp: &Qmp, state: &OwnedFd) -> Result<(), String> {
-    let command = json!({ "execute": "getfd", "arguments": { "fdname": NAME } });
-    understood(qmp.call_with(command, state).await).map(drop)
+/// Gives QEMU the descriptor, and says what QEMU calls it.
+async fn hand_over(qmp: &Qmp, state: &OwnedFd) -> Result<String, String> {
+    let (command, uri) = if qmp.version() >= SETS {
+        let add = json!({ "execute": "add-fd", "arguments": { "fdset-id": SET } });
+        (add, format!("file:/dev/fdset/{SET}"))
+    } else {
+        (json!({ "execute": "getfd", "arguments": { "fdname": NAME } }), format!("fd:{NAME}"))
+    };
+    understood(qmp.call_with(command, state).await).map(|_| uri)
+}
+
+/// Has QEMU close what is left of the descriptor. That there is nothing is no error: some take it with the command.
+async fn take_back(qmp: &Qmp) {
+    let command = if qmp.version() >= SETS {
+        json!({ "execute": "remove-fd", "arguments": { "fdset-id": SET } })
+    } else {
+        json!({ "execute": "closefd", "arguments": { "fdname": NAME } })
+    };
+    drop(told(qmp, command).await);
 }
 
 async fn run_state(qmp: &Qmp) -> Result<String, String> {

@@ -23,6 +23,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub(crate) struct Qmp {
     // Held across a whole exchange: QEMU answers commands in their order.
     stream: Mutex<BufReader<UnixStream>>,
+    version: (u64, u64),
 }
 
 impl Qmp {
@@ -34,7 +35,9 @@ impl Qmp {
         if greeting.get("QMP").is_none() {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "the monitor did not greet"));
         }
-        let qmp = Self { stream: Mutex::new(stream) };
+        let number = |name| greeting.pointer(&format!("/QMP/version/qemu/{name}")).and_then(Value::as_u64);
+        let version = (number("major").unwrap_or(0), number("minor").unwrap_or(0));
+        let qmp = Self { stream: Mutex::new(stream), version };
         let answer = qmp.exchange(json!({ "execute": "qmp_capabilities" })).await?;
         match answer.get("return") {
             Some(_) => Ok(qmp),
@@ -43,6 +46,11 @@ impl Qmp {
                 format!("the monitor refused to talk: {answer}"),
             )),
         }
+    }
+
+    /// The first two numbers of the version.
+    pub(crate) fn version(&self) -> (u64, u64) {
+        self.version
     }
 
     /// Sends `command` and gives the answer to it: an object with `return` or `error`.
