@@ -3,12 +3,12 @@
 use bothy_bus::Client;
 use bothy_config::Config;
 use bothy_contract::{Error, Service};
-use bothy_net_agent::{network::Network, service};
+use bothy_net_agent::{dns::server::Dns, network::Network, service};
 use clap::Parser;
 use std::{path::PathBuf, process::ExitCode};
 use tokio_util::sync::CancellationToken;
 
-/// The network of bothy's VMs: bridge, TAPs, addresses, NAT.
+/// The network of bothy's VMs: bridge, TAPs, addresses, NAT, names.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Args {
@@ -25,6 +25,7 @@ fn main() -> ExitCode {
 async fn run(args: Args, stop: CancellationToken) -> Result<(), Error> {
     let config = Config::load(&args.config)?;
     let network = Network::start(&config).await?;
+    let dns = Dns::start(network.clone(), config.net.resolv_conf.clone()).await;
     let client = Client::connect(&config, Service::Net).await?;
-    service::run(client, network, stop, bothy_daemon::ready).await
+    service::run(client, network, dns, stop, bothy_daemon::ready).await
 }

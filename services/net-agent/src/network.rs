@@ -15,8 +15,8 @@ pub mod upkeep;
 
 use crate::leases::Held;
 use crate::{
-    devices::Devices, firewall::Firewall, forwarding, forwarding6, leases::Leases, link::Links, plan::Plan,
-    publish::Publisher, resolv, slots::Slots,
+    devices::Devices, dns::zone::Zone, firewall::Firewall, forwarding, forwarding6, leases::Leases, link::Links, plan::Plan,
+    publish::Publisher, slots::Slots,
 };
 use bothy_config::Config;
 use bothy_contract::{
@@ -61,6 +61,8 @@ struct Inner {
     refilling: AsyncMutex<()>,
     wanted: Notify,
     publisher: Publisher,
+    /// The VMs' names, for the name server.
+    zone: Arc<Zone>,
     denials: Mutex<Denials>,
     /// Whether forwarding has been seen to; the regular check looks at it again, as uplinks come and go.
     forwarding: AtomicBool,
@@ -92,6 +94,8 @@ impl Network {
         let bridge = devices.bridge().await?;
         let warm = upkeep::adopt(&devices, &held, bridge).await?;
 
+        let zone = Zone::new(Arc::clone(&plan), &config.host);
+        vms.values().for_each(|held| zone.set(held.slot, held.name.as_ref()));
         let inner = Inner {
             slots: Mutex::new(Slots::new(plan.capacity(), held, warm)),
             vms: Mutex::new(vms),
@@ -100,6 +104,7 @@ impl Network {
             refilling: AsyncMutex::default(),
             wanted: Notify::new(),
             publisher: Publisher::default(),
+            zone: Arc::new(zone),
             denials: Mutex::default(),
             forwarding: AtomicBool::new(false),
             plan,
@@ -183,6 +188,7 @@ impl Network {
             leased: slots.held(),
             capacity: plan.capacity(),
             subnet6: plan.cidr6(),
+            dns: None,
         }
     }
 
@@ -216,6 +222,16 @@ impl Network {
         use tracing::Instrument;
         let task = tokio::spawn(f(self.clone()).in_current_span());
         task.await.map_err(|e| Error::internal("the request's task failed", &e))?
+    }
+
+    /// What follows from the configuration.
+    pub fn plan(&self) -> Arc<Plan> {
+        Arc::clone(&self.0.plan)
+    }
+
+    /// The VMs' names as they are now.
+    pub fn zone(&self) -> Arc<Zone> {
+        Arc::clone(&self.0.zone)
     }
 
     fn locked_vms(&self) -> MutexGuard<'_, BTreeMap<VmId, Held>> {
@@ -310,6 +326,7 @@ impl Inner {
         let known = self.vms().get(&vm).cloned();
         let Some(held) = known else { return Ok(()) };
         self.publisher.clear(held.slot);
+        self.zone.set(held.slot, None);
         self.apply_egress(vm, &held, &Egress::None).await?;
         self.devices.remove(held.slot).await?;
         self.devices.firewall.forget_denied(held.slot).await?;
@@ -339,6 +356,7 @@ impl Inner {
             (Err(e), Some(_)) => return Err(e),
         };
         self.leases.set_name(vm, name.clone()).await?;
+        self.zone.set(held.slot, name.as_ref());
         self.vms().insert(vm, Held { name, ..held });
         Ok(())
     }
@@ -392,8 +410,7 @@ impl Inner {
     fn lease(&self, held: &Held) -> Result<Lease, Error> {
         let none = || Error::new(Code::Internal, format!("slot {} is beyond the subnet", held.slot));
         let slot = self.plan.slot(held.slot).ok_or_else(none)?;
-        let dns = if held.egress == Egress::Open { resolv::name_servers() } else { Vec::new() };
-        Ok(self.plan.lease(&slot, dns))
+        Ok(self.plan.lease(&slot, vec![self.plan.gateway()]))
     }
 
     #[expect(

@@ -9,9 +9,9 @@
 //!   TAP are dropped, too, should the isolation of the ports ever be off. TAPs are matched by prefix, so one whose slot is
 //!   in no set sends nothing at all.
 //! - `inet`: where a guest's packets may *go*. Not to the host (only answers to what the host began, questions to the DNS
-//!   server, and neighbour discovery), not to other guests by way of the host, not to link-local, metadata and other
-//!   addresses that no guest needs (`never`), not to networks inside the host (`inside`), and out only as its policy says.
-//!   What leaves is masqueraded. From outside, only answers reach a guest, and only while its policy holds.
+//!   server, as many as one may ask, and neighbour discovery), not to other guests by way of the host, not to link-local,
+//!   metadata and other addresses that no guest needs (`never`), not to networks inside the host (`inside`), and out only
+//!   as its policy says. What leaves is masqueraded. From outside, only answers reach a guest, and only while its policy holds.
 //!
 //! A slot under `allow` has a chain of its own and four sets: `a` the addresses that the DNS server handed out, for as long
 //! as it said, and `f` those with which it has talked, for [`FLOW_TIMEOUT_S`] after the last packet, for 4 and 6. A new
@@ -34,6 +34,10 @@ pub const MAX_ADDRESSES: usize = 4096;
 
 /// How long a denied destination is remembered after its last packet.
 pub const DENIED_TIMEOUT_S: u64 = 3600;
+
+/// How many packets with questions one address may send per second: more than the name server answers, and few enough that
+/// a flood does not fill its socket, which it shares with the other guests.
+pub const QUESTIONS: u64 = 1000;
 
 /// Destinations that are refused whatever the policy: "this network", loopback, link-local and with it the metadata
 /// services (AWS, GCP, Azure at 169.254.169.254, Alibaba, Oracle), multicast, and what is reserved (RFC 6890).
@@ -193,14 +197,13 @@ fn inet_table(plan: &Plan, guard6: bool) -> String {
     let (subnet, gateway) = (plan.cidr(), plan.gateway());
     let mut own6 = String::new();
     let mut dns6 = String::new();
+    let mut solicit6 = "";
     let mut masquerade6 = String::new();
     if let (Some(subnet6), Some(gateway6)) = (plan.cidr6(), plan.gateway6()) {
         own6 = format!("		ip6 daddr {subnet6} goto denied\n");
-        dns6 = format!(
-            "		ip6 daddr {gateway6} meta l4proto {{ tcp, udp }} th dport 53 accept\n		icmpv6 type \
-             nd-neighbor-solicit accept\n"
-        );
-        masquerade6 = format!("		ip6 saddr {subnet6} oifname != {bridge} masquerade\n");
+        dns6 = format!("		ip6 daddr {gateway6} accept\n");
+        solicit6 = "		icmpv6 type nd-neighbor-solicit accept\n";
+        masquerade6 = format!("		ip6 saddr {subnet6} oifname != {{ {bridge}, lo }} masquerade\n");
     }
     let guard = if guard6 { "		meta nfproto ipv6 drop\n" } else { "" };
     let mut denied = String::new();
@@ -213,6 +216,7 @@ fn inet_table(plan: &Plan, guard6: bool) -> String {
                 "	set open{v} {{ type {kind}; }}
 	map allow{v} {{ type {kind} : verdict; }}
 	map answers{v} {{ type {kind} : verdict; }}
+	set asked{v} {{ type {kind}; flags dynamic,timeout; timeout 60s; size 65536; }}
 	set denied{v} {{ type {kind} . {kind}; flags dynamic,timeout; timeout {DENIED_TIMEOUT_S}s; size 16384; counter; }}
 "
             ),
@@ -229,9 +233,17 @@ fn inet_table(plan: &Plan, guard6: bool) -> String {
 		iifname {bridge} goto to_host
 	}}
 	chain to_host {{
+		udp dport 53 goto question
 		ct state established,related accept
-		ip daddr {gateway} meta l4proto {{ tcp, udp }} th dport 53 accept
-{dns6}		drop
+		tcp dport 53 goto question
+{solicit6}		drop
+	}}
+	chain question {{
+		update @asked4 {{ ip saddr limit rate over {QUESTIONS}/second burst {QUESTIONS} packets }} drop
+		update @asked6 {{ ip6 saddr limit rate over {QUESTIONS}/second burst {QUESTIONS} packets }} drop
+		ip daddr {gateway} accept
+{dns6}		ct state established,related accept
+		drop
 	}}
 	chain forward {{
 		type filter hook forward priority 0; policy accept;
@@ -242,7 +254,7 @@ fn inet_table(plan: &Plan, guard6: bool) -> String {
 {guard}	}}
 	chain postrouting {{
 		type nat hook postrouting priority 100; policy accept;
-		ip saddr {subnet} oifname != {bridge} masquerade
+		ip saddr {subnet} oifname != {{ {bridge}, lo }} masquerade
 {masquerade6}	}}
 	chain from_guest {{
 		oifname {bridge} drop

@@ -1,6 +1,6 @@
 //! The agent's methods on the bus.
 
-use crate::network::Network;
+use crate::{dns::server::Dns, network::Network};
 use bothy_bus::{Client, Server};
 use bothy_contract::{
     Error,
@@ -8,14 +8,15 @@ use bothy_contract::{
         NetEgressSet, NetEgressShow, NetHostShow, NetHostTeardown, NetLeaseAcquire, NetLeaseList,
         NetLeaseRelease, NetNameSet, NetNameUnset, NetPortsPublish,
     },
-    net::Done,
+    net::{Done, NetHost},
 };
+use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
 /// Requests that are executed at once; the others wait.
 const CONCURRENCY: usize = 64;
 
-/// Answers until `shutdown`, keeping the pool filled meanwhile. `ready` is called once the methods are there.
+/// Answers until `shutdown`, on the bus and, by `dns`, guests' questions, keeping the pool filled meanwhile. `ready` is called once the methods are there.
 ///
 /// The kernel's state is left as it is at the end: VMs run on, and the next agent finds it again.
 ///
@@ -24,6 +25,7 @@ const CONCURRENCY: usize = 64;
 pub async fn run(
     client: Client,
     network: Network,
+    dns: Dns,
     shutdown: CancellationToken,
     ready: impl FnOnce() + Send + 'static,
 ) -> Result<(), Error> {
@@ -68,10 +70,10 @@ pub async fn run(
         let net = net.clone();
         async move { Ok(net.list()) }
     });
-    let net = network.clone();
+    let (net, dns) = (network.clone(), Arc::new(dns));
     let server = server.serve::<NetHostShow, _, _>(move |_, _| {
-        let net = net.clone();
-        async move { Ok(net.show()) }
+        let (net, dns) = (net.clone(), Arc::clone(&dns));
+        async move { Ok(NetHost { dns: Some(dns.status()), ..net.show() }) }
     });
     let net = network.clone();
     let server = server.serve::<NetHostTeardown, _, _>(move |_, _| {

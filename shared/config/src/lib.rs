@@ -83,6 +83,8 @@ pub struct Net {
     pub prefix: u8,
     /// How many free slots are kept warm.
     pub tap_pool_size: u32,
+    /// The file that names the host's own resolvers, in the form of resolv.conf(5): where guests' names are looked up.
+    pub resolv_conf: PathBuf,
 }
 
 impl Default for Net {
@@ -93,6 +95,7 @@ impl Default for Net {
             subnet: Ipv4Addr::new(10, 77, 0, 0),
             prefix: 24,
             tap_pool_size: 4,
+            resolv_conf: "/etc/resolv.conf".into(),
         }
     }
 }

@@ -360,6 +360,22 @@ pub struct NetHost {
     /// The IPv6 subnet, `fd12:3456:789a::/64`; none where the host has no IPv6.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub subnet6: Option<String>,
+    /// The name server for guests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dns: Option<NameServer>,
+}
+
+/// The name server for guests.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NameServer {
+    /// The bridge's addresses at which it answers, on port 53.
+    pub listens: Vec<IpAddr>,
+    /// Why it does not answer at others.
+    #[serde(default)]
+    pub failures: Vec<String>,
+    /// The host's own resolvers, which it asks for names other than VMs'.
+    #[serde(default)]
+    pub resolvers: Vec<SocketAddr>,
 }
 
 /// Removes the bridge, the TAPs and the rules from the kernel, for `host down`. Leases are kept; the next start makes

@@ -96,14 +96,19 @@ impl Network {
         name: &str,
         addresses: &[(IpAddr, Duration)],
     ) -> Result<(), Error> {
-        let Some(slot) = self.0.plan.slot_of(guest) else {
-            return Err(Error::not_found(format!("{guest} is no guest's address")));
-        };
-        // The policy may have changed since the question was asked.
-        if !self.policy_of(guest).is_some_and(|policy| policy.covers(name)) {
+        let none = || Error::not_found(format!("{guest} is no guest's address"));
+        let net = &self.0;
+        let slot = net.plan.slot_of(guest).ok_or_else(none)?;
+        let holder = net.vms().iter().find(|(_, held)| held.slot == slot).map(|(vm, _)| *vm);
+        let vm = holder.ok_or_else(none)?;
+        // Held while the policy is looked at and the kernel told, so that no other one comes between. It also lets one
+        // guest wait for one transaction at a time, however many names it asks for.
+        let _one = net.vm_lock(vm).lock().await;
+        let policy = net.vms().get(&vm).filter(|held| held.slot == slot).map(|held| held.egress.clone());
+        if !policy.is_some_and(|policy| policy.covers(name)) {
             return Err(Error::not_found(format!("{guest} may not reach {name}")));
         }
-        self.0.devices.firewall.allow(slot, &plain(name), addresses).await
+        net.devices.firewall.allow(slot, &plain(name), addresses).await
     }
 
     /// Notes that the VM with address `guest` asked for a name that its policy does not cover.

@@ -17,19 +17,19 @@ use std::{
     time::Duration,
 };
 
-const OUTSIDE: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 2));
+pub(crate) const OUTSIDE: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 2));
 const PATIENCE: Duration = Duration::from_secs(10);
 
 fn outside6() -> IpAddr {
     "fd00:1::2".parse().unwrap()
 }
 
-fn allow(names: &[&str]) -> Egress {
+pub(crate) fn allow(names: &[&str]) -> Egress {
     Egress::Allow { names: names.iter().map(|n| (*n).to_owned()).collect() }
 }
 
 /// A server in `ns` that greets each connection with the peer's address and echoes what it gets.
-fn serve(ns: &Netns, port: u16) {
+pub(crate) fn serve(ns: &Netns, port: u16) {
     let listener = ns.run(|| TcpListener::bind(("::", port))).unwrap();
     std::thread::spawn(move || {
         for stream in listener.incoming() {
@@ -47,7 +47,7 @@ fn serve(ns: &Netns, port: u16) {
 }
 
 /// A connection, and whom the server saw.
-fn connect(ns: &Netns, to: IpAddr, port: u16) -> Result<(TcpStream, String), ErrorKind> {
+pub(crate) fn connect(ns: &Netns, to: IpAddr, port: u16) -> Result<(TcpStream, String), ErrorKind> {
     ns.run(|| {
         let connected = TcpStream::connect_timeout(&SocketAddr::new(to, port), PATIENCE);
         let mut stream = connected.map_err(|e| e.kind())?;
@@ -58,7 +58,7 @@ fn connect(ns: &Netns, to: IpAddr, port: u16) -> Result<(TcpStream, String), Err
     })
 }
 
-fn refused<T>(result: &Result<T, ErrorKind>) -> bool {
+pub(crate) fn refused<T>(result: &Result<T, ErrorKind>) -> bool {
     matches!(result, Err(ErrorKind::ConnectionRefused))
 }
 
@@ -67,7 +67,7 @@ fn echo(stream: &mut TcpStream) -> bool {
     stream.write_all(b"x").is_ok() && stream.read_exact(&mut data).is_ok()
 }
 
-async fn machine(world: &World, net: &Network, egress: Egress) -> (VmId, Machine) {
+pub(crate) async fn machine(world: &World, net: &Network, egress: Egress) -> (VmId, Machine) {
     let vm = VmId::new();
     let request = AcquireLease { egress: Some(egress), ..AcquireLease::new(vm) };
     let lease = net.acquire(request).await.unwrap();

@@ -8,6 +8,8 @@
 )]
 
 mod agent;
+mod dns;
+mod dns_hostile;
 mod egress;
 mod guest;
 mod leases;
@@ -15,4 +17,5 @@ mod machine;
 mod packets;
 mod pool;
 mod ports;
+mod resolver;
 mod world;

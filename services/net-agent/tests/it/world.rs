@@ -3,6 +3,7 @@
 use bothy_config::Config;
 use bothy_contract::{VmId, net::AcquireLease};
 use bothy_net_agent::{
+    dns::server::Dns,
     link::{Link, Links},
     network::Network,
     nft::Nft,
@@ -20,7 +21,9 @@ pub(crate) struct World {
 impl World {
     pub(crate) fn new() -> Self {
         let dir = bothy_testkit::temp_dir();
-        let config = Config::new(dir.path().join("state"), dir.path().join("run"));
+        let mut config = Config::new(dir.path().join("state"), dir.path().join("run"));
+        // The machine's own resolvers are none of this world.
+        config.net.resolv_conf = dir.path().join("resolv.conf");
         Self { ns: Netns::new(), config, _dir: dir }
     }
 
@@ -30,6 +33,26 @@ impl World {
         f: impl FnOnce(Network) -> F + Send,
     ) -> T {
         self.ns.block_on(async { f(Network::start(&self.config).await.unwrap()).await })
+    }
+
+    /// Runs `f` in the namespace, with an agent and its name server.
+    pub(crate) fn with_dns<T: Send, F: Future<Output = T> + Send>(
+        &self,
+        f: impl FnOnce(Network) -> F + Send,
+    ) -> T {
+        self.with_agent(|net| async {
+            let dns = Dns::start(net.clone(), self.config.net.resolv_conf.clone()).await;
+            assert_eq!((dns.status().listens.len(), dns.status().failures), (2, vec![]));
+            let done = f(net).await;
+            drop(dns);
+            done
+        })
+    }
+
+    /// From now on the host's resolvers are these.
+    pub(crate) fn resolvers(&self, servers: &[&str]) {
+        let text: String = servers.iter().map(|server| format!("nameserver {server}\n")).collect();
+        fs_err::write(&self.config.net.resolv_conf, text).unwrap();
     }
 
     /// A namespace that is this one's neighbour: 192.0.2.1 here on `up0`, 192.0.2.2 there.
