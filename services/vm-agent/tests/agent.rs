@@ -82,6 +82,7 @@ fn create(name: Option<&str>, shape: Shape) -> CreateVm {
         egress: None,
         publish: Vec::new(),
         identity: Default::default(),
+        idle: None,
     };
     CreateVm { spec, owner: 1000, force: false, cold: false }
 }

@@ -210,14 +210,13 @@ async fn suspended(driver: &dyn Driver, host: &Host, plan: &VmPlan) {
     fails(driver, &holder, plan, &store).await;
     assert_eq!(health(&mut control).await.boot_id, boot);
 
-    // A paused one stays so.
+    // A paused one stays so, and is saved again where somebody did not get the first answer.
     holder.perform(&driver.pause()).await.unwrap();
-    let saved = holder.save(&to, Save::Whole { resume: false }, plan.memory_mib).await.unwrap();
-    assert!(saved.state_bytes > 8 << 20 && saved.memory_bytes.is_none(), "{saved:?}");
-    assert_eq!(state(driver, &holder).await, Some(RunState::Paused));
-    let e = holder.save(&to, Save::Whole { resume: false }, plan.memory_mib).await.unwrap_err();
-    assert!(e.message.contains("paused since it was saved"), "{e}");
-    assert_eq!(state(driver, &holder).await, Some(RunState::Paused));
+    for _ in 0..2 {
+        let saved = holder.save(&to, Save::Whole { resume: false }, plan.memory_mib).await.unwrap();
+        assert!(saved.state_bytes > 8 << 20 && saved.memory_bytes.is_none(), "{saved:?}");
+        assert_eq!(state(driver, &holder).await, Some(RunState::Paused));
+    }
     let meta = fs_err::metadata(&to.state).unwrap();
     assert_eq!((meta.uid(), meta.mode() & 0o7777), (0, 0o600));
     quit(driver, &holder, handle).await;

@@ -7,6 +7,7 @@ use super::{
     firecracker::api::Request,
     launching::{self, Quiet},
     liveness::{self, Liveness},
+    passing,
     wire::{
         self, HolderHandle, LaunchSpec, Launched, MAX_LINE, Process, Running, SaveReply, SaveRequest, Status,
     },
@@ -260,7 +261,7 @@ impl Holder {
             let mut stream = self.dial().await?;
             // The first byte carries them (unix(7)).
             let fds: Vec<_> = files.iter().map(|file| file.file().as_fd()).collect();
-            wire::send_with(&stream, b"S", &fds).await.map_err(|e| self.broke(&e))?;
+            passing::send(&stream, b"S", &fds).await.map_err(|e| self.broke(&e))?;
             self.say(&mut stream, &format!("AVE {text}")).await?;
             self.line(&mut stream).await
         };

@@ -4,7 +4,7 @@
 //! a holder (`bothy-vmm`), which [`holder::Holder`] starts, finds again and talks to; so nothing here is lost with the
 //! agent; [`launching`] keeps a launch and its undo apart, and [`liveness`] says whether a VM's VMM lives. [`choose`] says which driver this host is best served by, [`accel`]
 //! finds out how guests can be run on it, [`clock`] how fast its time-stamp counter runs. [`snapshot`] saves a guest and says
-//! what a saved one is.
+//! what a saved one is; [`passing`] hands files over.
 
 pub mod accel;
 mod choice;
@@ -13,6 +13,7 @@ pub mod firecracker;
 pub mod holder;
 pub mod launching;
 pub mod liveness;
+pub mod passing;
 pub mod qemu;
 pub mod snapshot;
 pub mod wire;

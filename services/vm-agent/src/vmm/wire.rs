@@ -348,58 +348,6 @@ pub enum State {
     Exited,
 }
 
-/// Sends `bytes`, few as they are, and with the first of them `fds` (sendmsg(2), SCM_RIGHTS).
-///
-/// # Errors
-/// The peer is gone, or takes no more at the moment than a part.
-pub async fn send_with(
-    stream: &tokio::net::UnixStream,
-    bytes: &[u8],
-    fds: &[std::os::fd::BorrowedFd<'_>],
-) -> std::io::Result<()> {
-    use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-    use std::os::fd::AsRawFd;
-    let numbers: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-    let control = [ControlMessage::ScmRights(&numbers)];
-    let sent = stream
-        .async_io(tokio::io::Interest::WRITABLE, || {
-            let bytes = [std::io::IoSlice::new(bytes)];
-            Ok(sendmsg::<()>(stream.as_raw_fd(), &bytes, &control, MsgFlags::MSG_NOSIGNAL, None)?)
-        })
-        .await?;
-    if sent == bytes.len() { Ok(()) } else { Err(std::io::ErrorKind::WriteZero.into()) }
-}
-
-/// Reads one byte into `byte`, and the descriptors that come with it into `fds`; gives how many bytes that were, 0 at the end.
-/// Cancel-safe.
-///
-/// # Errors
-/// As for reading.
-pub async fn receive_with(
-    stream: &tokio::net::UnixStream,
-    byte: &mut [u8; 1],
-    fds: &mut Vec<std::os::fd::OwnedFd>,
-) -> std::io::Result<usize> {
-    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
-    stream
-        .async_io(tokio::io::Interest::READABLE, || {
-            let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
-            let mut control = RecvAncillaryBuffer::new(&mut space);
-            let mut into = [std::io::IoSliceMut::new(byte)];
-            let got = recvmsg(stream, &mut into, &mut control, RecvFlags::CMSG_CLOEXEC)?;
-            for message in control.drain() {
-                if let RecvAncillaryMessage::ScmRights(rights) = message {
-                    fds.extend(rights);
-                }
-            }
-            Ok(got.bytes)
-        })
-        .await
-}
-
-/// The most descriptors that come with one request.
-pub const MAX_FDS: usize = 2;
-
 /// Reads at most `limit` bytes of a file that a VM's user may have put there: no symbolic link, nothing but a regular file.
 ///
 /// # Errors

@@ -67,7 +67,12 @@ pub(crate) async fn save(
     let ran = match run_state(qmp).await?.as_str() {
         "running" => true,
         "paused" => false,
-        "postmigrate" => return Err("the guest is paused since it was saved, and no other than then".into()),
+        // Saved before, and nobody knows what became of that: QEMU takes another save only from a guest that ran since.
+        "postmigrate" => {
+            told(qmp, json!({ "execute": "cont" })).await?;
+            told(qmp, json!({ "execute": "stop" })).await?;
+            false
+        }
         other => return Err(format!("the guest is `{other}`, neither running nor paused")),
     };
     if ran {

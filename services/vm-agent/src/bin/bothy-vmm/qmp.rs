@@ -2,7 +2,7 @@
 //!
 //! <https://www.qemu.org/docs/master/interop/qmp-spec.html>
 
-use bothy_vm_agent::vmm::wire::{self, MAX_LINE};
+use bothy_vm_agent::vmm::{passing, wire::MAX_LINE};
 use serde_json::{Value, json};
 use std::{
     io,
@@ -80,7 +80,7 @@ impl Qmp {
         object.insert("id".into(), json!(id));
         if let Some(fd) = fd {
             // It comes with the first byte, which may as well be white space (RFC 8259, 2).
-            wire::send_with(stream.get_ref(), b" ", &[fd.as_fd()]).await?;
+            passing::send(stream.get_ref(), b" ", &[fd.as_fd()]).await?;
         }
         stream.write_all(format!("{command}\n").as_bytes()).await?;
         loop {

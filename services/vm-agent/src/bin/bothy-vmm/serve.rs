@@ -4,7 +4,8 @@ use crate::{link::Link, socket::HolderSocket};
 use bothy_contract::{VmId, vm::ExitRecord};
 use bothy_vm_agent::vmm::{
     Save,
-    wire::{self, HolderHandle, MAX_FDS, MAX_LINE, SaveRequest, State, Status},
+    passing::{self, MAX_FDS},
+    wire::{HolderHandle, MAX_LINE, SaveRequest, State, Status},
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -96,7 +97,7 @@ async fn line(stream: &UnixStream, fds: &mut Vec<OwnedFd>) -> io::Result<String>
     let mut line = Vec::new();
     let mut byte = [0];
     loop {
-        if wire::receive_with(stream, &mut byte, fds).await? == 0 {
+        if passing::receive(stream, &mut byte, fds).await? == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         let [byte] = byte;
