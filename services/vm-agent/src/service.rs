@@ -8,7 +8,7 @@ use crate::{
         boot::BootInput,
         end::MAX_GRACE_MS,
         kinds::CREATE,
-        machine, set, template,
+        machine, template,
     },
     phase::Phase,
     stats,
@@ -113,7 +113,6 @@ pub(crate) async fn run(
 impl Service {
     async fn create(&self, cx: Context, ask: CreateVm) -> Result<Begun, Error> {
         ask.spec.shape.check()?;
-        set::reachable(&ask.spec.reaches())?;
         let vm = VmId::new();
         let name = match &ask.spec.name {
             Some(name) => name.clone(),
