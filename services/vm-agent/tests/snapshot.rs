@@ -133,6 +133,9 @@ async fn template_and_its_vms(driver: &dyn Driver, host: &Host, first: VmPlan) {
     assert!(saved.state_bytes < 4 << 20, "its memory is in the state too: {saved:?}");
     assert!(saved.memory_bytes.is_some_and(|bytes| bytes < plan.memory_mib << 20), "{saved:?}");
     assert_eq!(state(driver, &holder).await, Some(RunState::Paused));
+    // An agent that did not see the end of that does it again.
+    assert!(holder.save(&to, Save::Devices, plan.memory_mib).await.unwrap().state_bytes < 4 << 20);
+    assert_eq!(state(driver, &holder).await, Some(RunState::Paused));
     // Whoever asked it before gets no answer from a paused guest, and an end from one that is gone.
     quit(driver, &holder, handle).await;
     assert!(control.health(bothy_guest_proto::v1::HealthRequest {}).await.is_err());

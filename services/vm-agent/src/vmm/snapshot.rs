@@ -188,7 +188,9 @@ fn take_over(path: &Path, uid: u32) -> Result<std::fs::Metadata, Error> {
     let failed = |err: io::Error| Error::internal("cannot keep a saved guest's memory", &err);
     let file = fs_err::File::open(path).map_err(failed)?;
     let meta = file.metadata().map_err(failed)?;
-    if !meta.is_file() || meta.uid() != uid {
+    // Its own already where it did not come to the end of an earlier save.
+    let own = rustix::process::geteuid().as_raw();
+    if !meta.is_file() || ![uid, own].contains(&meta.uid()) {
         return Err(Error::new(
             Code::FailedPrecondition,
             format!("{} is not the memory of a VM of user {uid}", path.display()),
@@ -300,6 +302,24 @@ mod tests {
         drop(Unnamed::beside(&path).unwrap());
         assert_eq!(fs_err::read_dir(dir.path()).unwrap().count(), 1);
         assert!(Unnamed::beside(&dir.path().join("none/state")).is_err());
+    }
+
+    #[test]
+    fn memory_becomes_the_agents_once_and_nobody_elses_file_does() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("memory");
+        fs_err::write(&path, "m").unwrap();
+        fs_err::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
+        let me = rustix::process::geteuid().as_raw();
+        for vm in [me, me + 7] {
+            assert_eq!(take_over(&path, vm).unwrap().mode() & 0o7777, 0o600);
+        }
+        assert!(take_over(dir.path(), me).unwrap_err().message.contains("is not the memory"));
+        if me == 0 {
+            std::os::unix::fs::chown(&path, Some(12), None).unwrap();
+            assert!(take_over(&path, 13).is_err());
+        }
+        assert!(take_over(&dir.path().join("none"), me).is_err());
     }
 
     #[test]
