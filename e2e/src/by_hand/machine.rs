@@ -116,13 +116,18 @@ impl Machine {
         timeout(PATIENCE, monitor.ask(command, arguments)).await?
     }
 
+    /// The VMM's process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.vmm.id().unwrap_or_default()
+    }
+
     /// Resident memory of the VMM, in KiB: all of it, and what is its own.
     ///
     /// # Errors
     /// It has ended.
     pub fn memory(&self) -> io::Result<(u64, u64)> {
-        let pid = self.vmm.id().ok_or_else(|| io::Error::other("the VMM has ended"))?;
-        let text = fs_err::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+        let text = fs_err::read_to_string(format!("/proc/{}/smaps_rollup", self.pid()))?;
         let of = |name: &str| {
             let line = text.lines().find_map(|line| line.strip_prefix(name));
             line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(0)

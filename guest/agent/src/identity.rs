@@ -3,14 +3,15 @@
 
 use std::io::{self, Read};
 use std::net::IpAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MsFlags, mount};
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_gettime, clock_settime};
 
-use crate::{files, sys};
+use crate::files::{self, Put};
+use crate::sys;
 
 const KERNELS_BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// What is laid over it.
@@ -43,25 +44,39 @@ pub(crate) fn check_machine_id(id: &str) -> Result<(), String> {
 ///
 /// # Errors
 /// When the kernel refuses or a file cannot be written.
-pub(crate) fn set_hostname(root: &Path, name: &str) -> io::Result<()> {
+pub(crate) fn set_hostname(root: &Path, name: &str, put: Put) -> io::Result<()> {
     nix::unistd::sethostname(name)?;
-    files::write(&root.join("etc/hostname"), format!("{name}\n").as_bytes(), 0o644)?;
+    put(&root.join("etc/hostname"), format!("{name}\n").as_bytes(), 0o644)?;
     let hosts = root.join("etc/hosts");
     let now = fs_err::read_to_string(&hosts).unwrap_or_default();
-    files::write(&hosts, hosts_with(&now, name).as_bytes(), 0o644)
+    put(&hosts, hosts_with(&now, name).as_bytes(), 0o644)
 }
 
 /// Writes the machine id.
 ///
 /// # Errors
 /// When the file cannot be written.
-pub(crate) fn set_machine_id(root: &Path, id: &str) -> io::Result<()> {
+pub(crate) fn set_machine_id(root: &Path, id: &str, put: Put) -> io::Result<()> {
     let id = format!("{id}\n");
-    files::write(&root.join("etc/machine-id"), id.as_bytes(), 0o444)?;
+    put(&root.join("etc/machine-id"), id.as_bytes(), 0o444)?;
     // A link to the other in most images; a file of its own is one more place to look for it.
     let bus = root.join("var/lib/dbus/machine-id");
     let own = fs_err::symlink_metadata(&bus).is_ok_and(|meta| meta.is_file());
-    if own { files::write(&bus, id.as_bytes(), 0o444) } else { Ok(()) }
+    if own { put(&bus, id.as_bytes(), 0o444) } else { Ok(()) }
+}
+
+/// Lays a file over the kernel's boot id, with the same id: it can be written to later, when the kernel's is that of too many
+/// machines.
+///
+/// # Errors
+/// When the kernel refuses.
+pub(crate) fn lay_boot_id() -> io::Result<()> {
+    let ours = Path::new(OUR_BOOT_ID);
+    if ours.exists() {
+        return Ok(());
+    }
+    files::write(ours, format!("{}\n", boot_id()?).as_bytes(), 0o444)?;
+    Ok(mount(Some(ours), KERNELS_BOOT_ID, None::<&str>, MsFlags::MS_BIND, None::<&str>)?)
 }
 
 /// Gives this machine a boot id of its own, where the kernel has its template's: the same in all of its machines.
@@ -69,15 +84,10 @@ pub(crate) fn set_machine_id(root: &Path, id: &str) -> io::Result<()> {
 /// # Errors
 /// When the kernel refuses.
 pub(crate) fn new_boot_id() -> io::Result<()> {
+    lay_boot_id()?;
     let id = fs_err::read_to_string("/proc/sys/kernel/random/uuid")?;
-    let ours = Path::new(OUR_BOOT_ID);
-    let known = ours.exists();
-    files::write(ours, id.as_bytes(), 0o444)?;
-    if known {
-        // What lies over the kernel's file is the file that was replaced.
-        umount2(KERNELS_BOOT_ID, MntFlags::MNT_DETACH)?;
-    }
-    Ok(mount(Some(ours), KERNELS_BOOT_ID, None::<&str>, MsFlags::MS_BIND, None::<&str>)?)
+    // In place: a new file would not be the one that lies over the kernel's.
+    files::overwrite(Path::new(OUR_BOOT_ID), id.as_bytes(), 0o444)
 }
 
 /// The id of this boot, as every process sees it.
@@ -88,12 +98,17 @@ pub(crate) fn boot_id() -> io::Result<String> {
     Ok(fs_err::read_to_string(KERNELS_BOOT_ID)?.trim().to_owned())
 }
 
-/// Replaces the seeds that user space keeps for its next boot, where the image has any.
+/// The seeds that user space keeps for its next boot, where the image has any.
+pub(crate) fn seeds(root: &Path) -> Vec<PathBuf> {
+    SEEDS.map(|path| root.join(path)).into_iter().filter(|path| path.is_file()).collect()
+}
+
+/// Replaces them.
 ///
 /// # Errors
 /// When there is no randomness, or a file cannot be written.
-pub(crate) fn renew_seeds(root: &Path) -> io::Result<()> {
-    for path in SEEDS.map(|path| root.join(path)).iter().filter(|path| path.is_file()) {
+pub(crate) fn renew_seeds(seeds: &[PathBuf]) -> io::Result<()> {
+    for path in seeds {
         let mut seed = vec![0; 512];
         fs_err::File::open("/dev/urandom")?.read_exact(&mut seed)?;
         files::write(path, &seed, 0o600)?;
@@ -105,9 +120,9 @@ pub(crate) fn renew_seeds(root: &Path) -> io::Result<()> {
 ///
 /// # Errors
 /// When the file cannot be written.
-pub(crate) fn set_resolver(root: &Path, servers: &[IpAddr]) -> io::Result<()> {
+pub(crate) fn set_resolver(root: &Path, servers: &[IpAddr], put: Put) -> io::Result<()> {
     let text: String = servers.iter().map(|server| format!("nameserver {server}\n")).collect();
-    files::write(&root.join("etc/resolv.conf"), text.as_bytes(), 0o644)
+    put(&root.join("etc/resolv.conf"), text.as_bytes(), 0o644)
 }
 
 /// Sets the wall clock to `unix_us` microseconds since 1970.

@@ -1,5 +1,7 @@
 //! The guest's one network interface, by netlink: Debian's cloud kernel has no `ip=`, and images may lack every tool.
 
+mod turn;
+
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
@@ -99,6 +101,21 @@ fn link_local(mac: [u8; 6]) -> Ipv6Addr {
     let [a, b, c, d, e, f] = mac;
     let half = [a ^ 2, b, c, 0xff, 0xfe, d, e, f];
     Ipv6Addr::from((0xfe80_u128 << 112) | u128::from(u64::from_be_bytes(half)))
+}
+
+pub(crate) use turn::Known;
+
+/// What can be said of the interface that [`apply`] made `nic`'s.
+///
+/// # Errors
+/// When there is no interface any more.
+pub(crate) async fn known(nic: &Nic) -> io::Result<Known> {
+    let (connection, handle, _) = rtnetlink::new_connection()?;
+    let driver = tokio::spawn(connection);
+    let link = wait_for_ethernet(&handle).await;
+    driver.abort();
+    let link = link?;
+    Ok(Known { index: link.header.index, six: quiet_ipv6(&link)?, nic: nic.clone() })
 }
 
 /// Gives the interface this identity and no other: MAC, one address in each family, the default routes; and loopback
@@ -339,7 +356,8 @@ mod tests {
         netns.block_on(async { apply(&nic(8)).await.unwrap() });
         let seen = || {
             let all = ["-o address show dev eth0", "route", "-6 route show default", "link show eth0"];
-            all.map(|line| ip(&netns, line))
+            // Whether an address was ever in doubt is of no importance.
+            all.map(|line| ip(&netns, line).replace(" nodad", ""))
         };
         let [addresses, routes, routes6, link] = seen();
         let own: Vec<&str> = addresses.lines().filter_map(|line| line.split_whitespace().nth(3)).collect();
@@ -353,7 +371,30 @@ mod tests {
         }
         let again = netns.block_on(async { apply(&nic(8)).await });
         again.unwrap();
-        assert_eq!(seen(), [addresses, routes, routes6, link], "the same again leaves the same");
+        let eight = [addresses, routes, routes6, link];
+        assert_eq!(seen(), eight, "the same again leaves the same");
+
+        // In one go, as a template's link becomes a machine's: to another and back, and with the gateways moved as well.
+        let moved = Nic {
+            gateway: Ipv4Addr::new(10, 77, 0, 254),
+            six: nic(9).six.map(|six| Six { gateway: Ipv6Addr::new(0xfd00, 0, 0, 1, 0, 0, 0, 0xfe), ..six }),
+            ..nic(9)
+        };
+        netns.block_on(async { known(&nic(8)).await.unwrap().turn_into(&moved).unwrap() });
+        let [addresses, routes, routes6, link] = seen();
+        let own: Vec<&str> = addresses.lines().filter_map(|line| line.split_whitespace().nth(3)).collect();
+        assert_eq!(own, ["10.77.0.9/24", "fd00:0:0:1::9/64", "fe80::5054:ff:fe00:9/64"], "{addresses}");
+        assert!(!addresses.contains("tentative") && addresses.contains("brd 10.77.0.255"), "{addresses}");
+        assert!(routes.contains("default via 10.77.0.254") && !routes.contains("10.77.0.1 "), "{routes}");
+        assert!(routes6.contains("via fd00:0:0:1::fe") && !routes6.contains("via fd00:0:0:1::1 "), "{routes6}");
+        assert!(link.contains("52:54:00:00:00:09"), "{link}");
+        netns.block_on(async { known(&moved).await.unwrap().turn_into(&nic(8)).unwrap() });
+        assert_eq!(seen(), eight, "and back");
+        // A link that is not as it is thought to be is an error, and the long way mends it.
+        let wrong = netns.block_on(async { known(&nic(5)).await.unwrap().turn_into(&nic(6)).unwrap_err() });
+        assert!(wrong.to_string().contains("assign requested address"), "{wrong}");
+        netns.block_on(async { apply(&nic(8)).await.unwrap() });
+        assert_eq!(seen(), eight);
     }
 
     #[test]

@@ -18,6 +18,14 @@ const KNOW_IDENTITY: [&str; 8] = [
     "avahi-daemon.service",
     "postfix.service",
 ];
+const SSHD: [&str; 2] = ["ssh.service", "sshd.service"];
+/// Where distributions have the program that sshd of 9.8 and later starts for each connection.
+const SSHD_SESSION: [&str; 4] = [
+    "usr/lib/openssh/sshd-session",
+    "usr/libexec/openssh/sshd-session",
+    "usr/lib/ssh/sshd-session",
+    "usr/libexec/sshd-session",
+];
 const JOURNAL: &str = "systemd-journald.service";
 /// Where journals are, each below its machine's id.
 const JOURNALS: [&str; 2] = ["run/log/journal", "var/log/journal"];
@@ -26,37 +34,48 @@ const STAMPS: &str = "var/lib/systemd/timers";
 /// How long a unit may take to be restarted.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Restarts those of `units`, or of the known ones where there are none, that are active.
+/// Which of `wanted`, or of the known ones where there are none, are active and must be restarted to know who they are.
+///
+/// # Errors
+/// When systemd does not answer.
+pub(crate) async fn to_restart(wanted: &[String]) -> io::Result<Vec<String>> {
+    let known = wanted.is_empty();
+    let names: Vec<&str> =
+        if known { KNOW_IDENTITY.to_vec() } else { wanted.iter().map(String::as_str).collect() };
+    let mut active: Vec<String> = Vec::new();
+    for unit in Manager::connect(Path::new(SOCKET)).await?.units(&names).await? {
+        // An alias is the same unit a second time.
+        let again = active.contains(&unit.name);
+        let knows_by_itself = known && SSHD.contains(&unit.name.as_str()) && sshd_reads_keys(Path::new("/"));
+        if matches!(unit.active.as_str(), "active" | "reloading") && !again && !knows_by_itself {
+            active.push(unit.name);
+        }
+    }
+    Ok(active)
+}
+
+/// Whether sshd reads its host keys anew for each connection, in the process that it starts for it. From 9.8 on it starts a
+/// program of its own, and that one is given the keys that sshd read when it was started itself.
+fn sshd_reads_keys(root: &Path) -> bool {
+    !SSHD_SESSION.iter().any(|path| root.join(path).exists())
+}
+
+/// Restarts `units`.
 ///
 /// # Errors
 /// Says which is not active any more, or that systemd does not answer.
 pub(crate) async fn restart(units: &[String]) -> io::Result<()> {
-    let wanted: Vec<&str> =
-        if units.is_empty() { KNOW_IDENTITY.to_vec() } else { units.iter().map(String::as_str).collect() };
-    restart_active(&mut Manager::connect(Path::new(SOCKET)).await?, &wanted).await
-}
-
-async fn restart_active(manager: &mut Manager, wanted: &[&str]) -> io::Result<()> {
-    let mut active: Vec<String> = Vec::new();
-    for unit in manager.units(wanted).await? {
-        // An alias is the same unit a second time.
-        if matches!(unit.active.as_str(), "active" | "reloading") && !active.contains(&unit.name) {
-            active.push(unit.name);
-        }
+    if units.is_empty() {
+        return Ok(());
     }
-    for unit in &active {
+    let mut manager = Manager::connect(Path::new(SOCKET)).await?;
+    for unit in units {
         manager.act(Act::TryRestart, unit).await?;
     }
-    let names: Vec<&str> = active.iter().map(String::as_str).collect();
-    let bad: Vec<String> = match names.as_slice() {
-        [] => Vec::new(),
-        names => {
-            let now = manager.settled(names, PATIENCE).await?.into_iter();
-            now.filter(|unit| unit.active != "active")
-                .map(|unit| format!("{} is {}", unit.name, unit.active))
-                .collect()
-        }
-    };
+    let names: Vec<&str> = units.iter().map(String::as_str).collect();
+    let now = manager.settled(&names, PATIENCE).await?.into_iter();
+    let bad: Vec<String> =
+        now.filter(|unit| unit.active != "active").map(|unit| format!("{} is {}", unit.name, unit.active)).collect();
     if bad.is_empty() {
         return Ok(());
     }
@@ -74,7 +93,7 @@ pub(crate) async fn move_journal(root: &Path, old: &str, new: &str) -> io::Resul
             fs_err::rename(from, to)?;
         }
     }
-    restart_active(&mut Manager::connect(Path::new(SOCKET)).await?, &[JOURNAL]).await
+    restart(&to_restart(&[JOURNAL.to_owned()]).await?).await
 }
 
 /// Stops the timers that go by the calendar; which ones.

@@ -1,23 +1,37 @@
 //! Disks by their virtio-blk serial number: letters depend on the order of probing, serials are the host's word. A VMM that
 //! cannot give serials (Firecracker) says the disks' order instead, on the kernel's command line.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::machine;
+
+/// Disks that were found.
+static KNOWN: Mutex<BTreeMap<String, PathBuf>> = Mutex::new(BTreeMap::new());
 
 /// The device node of the disk whose serial is `serial`, or `None` if the machine has none.
 ///
 /// # Errors
 /// When sysfs cannot be read.
 pub(crate) fn by_serial(serial: &str) -> io::Result<Option<PathBuf>> {
+    // Disks do not come and go, and looking through all of them takes a resumed guest longer than all it does with one.
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(disk) = known.get(serial) {
+        return Ok(Some(disk.clone()));
+    }
     let block = Path::new("/sys/block");
     let name = match machine::disks() {
         Some(order) => find_by_order(block, &order, serial)?,
         None => find(block, serial)?,
     };
-    Ok(name.map(|name| Path::new("/dev").join(name)))
+    let disk = name.map(|name| Path::new("/dev").join(name));
+    if let Some(disk) = &disk {
+        known.insert(serial.to_owned(), disk.clone());
+    }
+    Ok(disk)
 }
 
 /// The same, for a disk that must be there: waits up to `patience` for it to appear.

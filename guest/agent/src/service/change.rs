@@ -3,28 +3,52 @@
 //! ```text
 //!   template: Personalise{template} -- services up -- Quiesce --> saved, and resumed any number of times
 //!                                                                   |
-//!   machine:                       Personalise <--------------------'    what was held back goes on
-//!                                     '-- Pending: services restarted, timers started, file system grown
+//!   machine:                       Personalise <--------------------'
+//!                                     '-- then what was held still goes on, and at leisure: services restarted,
+//!                                         the file system grown, timers started, the journal moved
 //! ```
 
 use std::io;
 use std::path::Path;
 use std::sync::PoisonError;
+use std::time::Duration;
 
 use bothy_guest_proto::v1;
 use tonic::Status;
 
 use super::pending::Task;
 use super::{Guest, Known, blocking, failed};
-use crate::nic::Nic;
+use crate::boot::by_serial;
+use crate::nic::{self, Nic};
+use crate::personalise::Prepared;
 use crate::timeline::{Step, Steps, now_us};
 use crate::{freezer, identity, kmsg, neighbours, personalise, units, workdisk};
 
-/// What a quiesced template holds back.
+/// How long the processes of a template stand still after the reply: it shall not have to wait for them.
+const REPLY: Duration = Duration::from_millis(3);
+/// How long what is at leisure waits: the first command comes before it, unless somebody waits for it.
+const LEISURE: Duration = Duration::from_secs(1);
+/// The same for what nobody ever waits for.
+const MORE_LEISURE: Duration = Duration::from_secs(3);
+
+/// What a quiesced template holds back, and what it found out for the machine that comes.
 #[derive(Debug, Default)]
 pub(super) struct Held {
     processes: bool,
     timers: Vec<String>,
+    /// Units to be restarted, where that is known.
+    restart: Option<Vec<String>>,
+    prepared: Option<Prepared>,
+}
+
+/// What a `Personalise` has to leave for later.
+#[derive(Debug)]
+struct Later {
+    timers: Vec<String>,
+    restart: Vec<String>,
+    home: String,
+    /// The machine id of before and now.
+    ids: Option<[String; 2]>,
 }
 
 impl Guest {
@@ -38,19 +62,18 @@ impl Guest {
         if identity.as_ref().is_none_or(|now| !same(now, &request)) {
             let began = now_us();
             let resumed = identity.as_ref().is_some_and(|was| was.template && !request.template);
-            let address = personalise::apply(request.clone(), nic, resumed, &steps)
+            // Whoever did not quiesce has nothing prepared, and all is found out now.
+            let prepared = resumed.then(|| self.held().prepared.take().unwrap_or_default());
+            let address = personalise::apply(&request, nic, prepared.as_ref(), &steps)
                 .await
                 .map_err(|error| failed("personalise", &error))?;
+            let was = identity.replace(request.clone());
             *self.0.known.lock().unwrap_or_else(PoisonError::into_inner) =
                 Known { personalised: true, template: request.template, address, home: request.home.clone() };
-            let was = identity.replace(request.clone());
             if self.0.init.started() {
-                steps
-                    .run("thaw", || self.let_go())
-                    .map_err(|error| failed("let the processes go on", &error))?;
-                self.leave_pending(was, &request);
+                self.leave_for_later(was, &request).await;
             } else {
-                self.grow_now(&request).await?;
+                self.grow_home(&request.home).await.map_err(|error| failed("personalise", &error))?;
             }
             let mut told = self.0.steps.lock().unwrap_or_else(PoisonError::into_inner);
             if resumed {
@@ -74,13 +97,9 @@ impl Guest {
     pub(super) async fn quiesce_now(&self) -> Result<v1::QuiesceReply, Status> {
         let identity = self.0.identity.lock().await;
         let (steps, mut left) = (Steps::default(), Vec::new());
-        if identity.as_ref().is_some_and(|now| now.template) {
-            if self.0.init.is_systemd() {
-                match steps.wait("timers", units::stop_timers()).await {
-                    Ok(timers) => self.held().timers = timers,
-                    Err(error) => left.push(format!("stop the timers: {error}")),
-                }
-            }
+        if let Some(now) = identity.as_ref().filter(|now| now.template) {
+            let nic = now.nic.as_ref().map(Nic::parse).transpose().map_err(Status::internal)?;
+            left.extend(steps.wait("prepare", self.prepare(nic)).await);
             // From here on: a failure half-way leaves some held, and the next Personalise lets all go.
             self.held().processes = true;
             let frozen = blocking("hold the processes still", {
@@ -99,6 +118,38 @@ impl Guest {
         })
         .await?;
         Ok(v1::QuiesceReply { steps: steps.all().into_iter().map(Into::into).collect(), left })
+    }
+
+    /// Finds out, while there is time, all that the machine must know that this template becomes. Says what cannot be found out:
+    /// it will be then, where it can be at all.
+    async fn prepare(&self, nic: Option<Nic>) -> Vec<String> {
+        let mut left = Vec::new();
+        let mut tell = |what: &str, error: io::Error| left.push(format!("{what}: {error}"));
+        if self.0.init.is_systemd() {
+            match units::stop_timers().await {
+                Ok(timers) => self.held().timers = timers,
+                Err(error) => tell("stop the timers", error),
+            }
+            match units::to_restart(&[]).await {
+                Ok(restart) => self.held().restart = Some(restart),
+                Err(error) => tell("find the services to restart", error),
+            }
+        }
+        let mut link = None;
+        if let Some(nic) = nic {
+            match nic::known(&nic).await {
+                Ok(known) => link = Some(known),
+                Err(error) => tell("look at the link", error),
+            }
+        }
+        if let Err(error) = identity::lay_boot_id() {
+            tell("lay a file over the boot id", error);
+        }
+        if let Err(error) = by_serial("work").and(by_serial("system")) {
+            tell("find the disks", error);
+        }
+        self.held().prepared = Some(Prepared { link, seeds: identity::seeds(Path::new("/")) });
+        left
     }
 
     pub(super) async fn resumed_now(&self, request: v1::ResumedRequest) -> Result<v1::ResumedReply, Status> {
@@ -122,47 +173,53 @@ impl Guest {
         self.0.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn let_go(&self) -> io::Result<()> {
-        let mut held = self.held();
-        if held.processes {
-            freezer::thaw(Path::new(freezer::ROOT))?;
-            held.processes = false;
-        }
-        Ok(())
-    }
-
-    /// Before init starts nobody waits for the growth, and it is done with the rest.
-    async fn grow_now(&self, request: &v1::PersonaliseRequest) -> Result<(), Status> {
-        if request.home.is_empty() {
+    async fn grow_home(&self, home: &str) -> io::Result<()> {
+        if home.is_empty() {
             return Ok(());
         }
-        let home = request.home.clone();
-        blocking("personalise", move || workdisk::grow_work(Path::new(&home), 0).map(drop)).await
+        let home = home.to_owned();
+        let grown = tokio::task::spawn_blocking(move || workdisk::grow_work(Path::new(&home), 0));
+        grown.await.map_err(io::Error::other)?.map(drop)
     }
 
-    /// Begins what need not be done before the first command.
-    fn leave_pending(&self, was: Option<v1::PersonaliseRequest>, now: &v1::PersonaliseRequest) {
-        let timers = std::mem::take(&mut self.held().timers);
-        let old_id = was.map(|was| was.machine_id).filter(|old| *old != now.machine_id);
+    /// Begins what need not be done before the reply.
+    async fn leave_for_later(&self, was: Option<v1::PersonaliseRequest>, now: &v1::PersonaliseRequest) {
+        let mut held = std::mem::take(&mut *self.held());
         let systemd = self.0.init.is_systemd();
         let mut tasks = Vec::new();
-        if systemd {
+        if held.processes {
+            tasks.push(Task::Processes);
+        }
+        let known = held.restart.take().filter(|_| now.restart_units.is_empty());
+        let restart = match known {
+            Some(restart) => restart,
+            None if systemd => units::to_restart(&now.restart_units).await.unwrap_or_else(|error| {
+                kmsg::error(&format!("after personalise: find the services to restart: {error}"));
+                Vec::new()
+            }),
+            None => Vec::new(),
+        };
+        if !restart.is_empty() {
             tasks.push(Task::Services);
         }
         if !now.home.is_empty() {
             tasks.push(Task::Grow);
         }
-        if !timers.is_empty() {
+        if !held.timers.is_empty() {
             tasks.push(Task::Timers);
         }
-        if systemd && old_id.is_some() {
+        let ids = was.map(|was| [was.machine_id, now.machine_id.clone()]);
+        let ids = ids.filter(|[old, new]| systemd && old != new);
+        if ids.is_some() {
             tasks.push(Task::Journal);
         }
         self.0.pending.begin(&tasks);
-        let (guest, now) = (self.clone(), now.clone());
+        let later = Later { timers: held.timers, restart, home: now.home.clone(), ids };
+        let guest = self.clone();
         tokio::spawn(async move {
             for task in tasks {
-                let done = guest.work_off(task, &timers, old_id.as_deref(), &now).await;
+                guest.wait_for_turn(task).await;
+                let done = guest.work_off(task, &later).await.map_err(|e| format!("{}: {e}", task.name()));
                 if let Err(why) = &done {
                     kmsg::error(&format!("after personalise: {why}"));
                 }
@@ -171,29 +228,36 @@ impl Guest {
         });
     }
 
-    async fn work_off(
-        &self,
-        task: Task,
-        timers: &[String],
-        old_id: Option<&str>,
-        now: &v1::PersonaliseRequest,
-    ) -> Result<(), String> {
-        let root = Path::new("/");
-        let done = match task {
-            Task::Services => units::restart(&now.restart_units).await,
-            Task::Grow => {
-                let (guest, home) = (self.clone(), now.home.clone());
-                let grown = async move {
-                    // The kernel refuses two growths of one file system at a time.
-                    let _one = guest.0.identity.lock().await;
-                    blocking("grow", move || workdisk::grow_work(Path::new(&home), 0).map(drop)).await
-                };
-                grown.await.map_err(|status| io::Error::other(status.message().to_owned()))
+    async fn wait_for_turn(&self, task: Task) {
+        match task {
+            Task::Processes => tokio::time::sleep(REPLY).await,
+            Task::Services | Task::Grow => {
+                let hurry = self.0.pending.hurried();
+                let _ = tokio::time::timeout(LEISURE, hurry).await;
             }
-            Task::Timers => units::start_timers(root, timers).await,
-            Task::Journal => units::move_journal(root, old_id.unwrap_or_default(), &now.machine_id).await,
-        };
-        done.map_err(|error| format!("{task:?}: {error}").to_lowercase())
+            Task::Timers | Task::Journal => tokio::time::sleep(MORE_LEISURE).await,
+        }
+    }
+
+    async fn work_off(&self, task: Task, later: &Later) -> io::Result<()> {
+        let root = Path::new("/");
+        match task {
+            Task::Processes => {
+                let thawed = tokio::task::spawn_blocking(|| freezer::thaw(Path::new(freezer::ROOT)));
+                thawed.await.map_err(io::Error::other)?
+            }
+            Task::Services => units::restart(&later.restart).await,
+            Task::Grow => {
+                // The kernel refuses two growths of one file system at a time.
+                let _one = self.0.identity.lock().await;
+                self.grow_home(&later.home).await
+            }
+            Task::Timers => units::start_timers(root, &later.timers).await,
+            Task::Journal => match &later.ids {
+                Some([old, new]) => units::move_journal(root, old, new).await,
+                None => Ok(()),
+            },
+        }
     }
 }
 

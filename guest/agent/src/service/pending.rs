@@ -2,11 +2,15 @@
 
 use std::time::Duration;
 
-use tokio::sync::watch;
+use futures::FutureExt;
+use tokio::sync::{Notify, watch};
 
 /// Things to do: who does them says so, who needs them waits.
 #[derive(Debug, Default)]
-pub(super) struct Pending(watch::Sender<State>);
+pub(super) struct Pending {
+    state: watch::Sender<State>,
+    hurry: Notify,
+}
 
 #[derive(Debug, Default, Clone)]
 struct State {
@@ -17,6 +21,8 @@ struct State {
 /// One thing to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Task {
+    /// Those that stood still go on.
+    Processes,
     /// The work disk's file system gets its disk's size.
     Grow,
     /// Services that must know the new identity are restarted.
@@ -28,8 +34,9 @@ pub(super) enum Task {
 }
 
 impl Task {
-    fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         match self {
+            Self::Processes => "processes",
             Self::Grow => "grow",
             Self::Services => "services",
             Self::Timers => "timers",
@@ -39,19 +46,20 @@ impl Task {
 
     /// Whether a machine that is said to be ready must have it behind it.
     fn is_waited_for(self) -> bool {
-        matches!(self, Self::Grow | Self::Services)
+        matches!(self, Self::Processes | Self::Grow | Self::Services)
     }
 }
 
 impl Pending {
     /// Begins anew with `tasks`.
     pub(super) fn begin(&self, tasks: &[Task]) {
-        self.0.send_replace(State { left: tasks.to_vec(), failed: Vec::new() });
+        self.hurry.notified().now_or_never();
+        self.state.send_replace(State { left: tasks.to_vec(), failed: Vec::new() });
     }
 
     /// One of them is done, or has failed.
     pub(super) fn end(&self, task: Task, result: Result<(), String>) {
-        self.0.send_modify(|state| {
+        self.state.send_modify(|state| {
             state.left.retain(|left| *left != task);
             if let Err(error) = result {
                 state.failed.push(error);
@@ -61,7 +69,14 @@ impl Pending {
 
     /// The names of those that are left.
     pub(super) fn names(&self) -> Vec<String> {
-        self.0.borrow().left.iter().map(|task| task.name().to_owned()).collect()
+        self.state.borrow().left.iter().map(|task| task.name().to_owned()).collect()
+    }
+
+    /// Ends when somebody waits for what is left.
+    pub(super) async fn hurried(&self) {
+        self.hurry.notified().await;
+        // For the next one, too.
+        self.hurry.notify_one();
     }
 
     /// Waits for those that a ready machine must have behind it.
@@ -69,7 +84,8 @@ impl Pending {
     /// # Errors
     /// Says what failed, or what is left when the time is over.
     pub(super) async fn wait(&self, limit: Duration) -> Result<(), String> {
-        let mut state = self.0.subscribe();
+        self.hurry.notify_one();
+        let mut state = self.state.subscribe();
         let done = state.wait_for(|state| !state.left.iter().any(|task| task.is_waited_for()));
         let state = match tokio::time::timeout(limit, done).await {
             Ok(Ok(state)) => state.clone(),
@@ -93,7 +109,9 @@ mod tests {
         assert_eq!(pending.names(), ["grow", "journal"]);
         assert!(pending.wait(limit).await.unwrap_err().contains("grow"));
         let (waited, ()) = tokio::join!(pending.wait(limit), async {
-            tokio::time::sleep(Duration::from_secs(1)).await;
+            // Whoever waits has it begin at once.
+            pending.hurried().await;
+            pending.hurried().await;
             pending.end(Task::Grow, Ok(()));
         });
         waited.unwrap();
@@ -101,6 +119,8 @@ mod tests {
         pending.end(Task::Journal, Err("no room".into()));
         assert_eq!(pending.wait(limit).await.unwrap_err(), "no room");
         pending.begin(&[]);
+        let hurried = tokio::time::timeout(limit, pending.hurried()).await;
+        assert!(hurried.is_err(), "the hurry of before is over");
         pending.wait(limit).await.unwrap();
     }
 }
