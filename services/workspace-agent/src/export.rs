@@ -1,6 +1,6 @@
-//! All changes since the import as one patch, from the guest to the CLI's stream.
+//! What was done since the import, as a patch or a bundle, from the guest to the CLI's stream.
 //!
-//! The guest writes the whole patch to a private file of its own first, so that what fails, fails before any data.
+//! The guest writes the whole of it to a private file of its own first, so that what fails, fails before any data.
 
 use crate::{
     guest::{Guest, STALL, stalled},
@@ -10,7 +10,7 @@ use crate::{
 };
 use bothy_contract::{
     Code, Error, TicketId,
-    workspace::{ExportReport, OpenExport},
+    workspace::{ExportFormat, ExportReport, OpenExport},
 };
 use bothy_pack::MAX_PATCH;
 use bothy_tickets::FrameWriter;
@@ -36,8 +36,9 @@ pub async fn export<G: Guest, W: AsyncWrite + Unpin + Send>(
 ) -> Result<ExportReport, Error> {
     let path = request.guest_path.as_str();
     path::check("guest path", path)?;
+    check_revision(request.base.as_deref())?;
     let nonce = TicketId::new().reveal();
-    let done = until(stop, make_and_send(guest, path, scratch, &nonce, out)).await;
+    let done = until(stop, make_and_send(guest, request, path, scratch, &nonce, out)).await;
     let cleaned = match guest.run(&CLEAN_EXPORT, &[scratch, &nonce]).await {
         Ok(end) => end.check(&CLEAN_EXPORT, path).map(drop),
         Err(e) => Err(e),
@@ -48,23 +49,70 @@ pub async fn export<G: Guest, W: AsyncWrite + Unpin + Send>(
     done
 }
 
+/// Refuses early what no revision can be.
+pub(crate) fn check_revision(base: Option<&str>) -> Result<(), Error> {
+    match base {
+        Some(rev) if rev.is_empty() || rev.len() > 250 || rev.chars().any(char::is_control) => {
+            Err(Error::invalid(format!("{rev:?} is no revision")).hint("give one such as `HEAD~2` or `main`"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Reads `name=value` lines, as the script prints them.
+fn parse(told: &str) -> Result<ExportReport, Error> {
+    let mut report = ExportReport::default();
+    for line in told.lines() {
+        let Some((name, value)) = line.split_once('=') else { continue };
+        let number = || value.trim().parse::<u64>().map_err(|_| odd(line));
+        let object = || {
+            let hex = matches!(value.len(), 40 | 64) && value.bytes().all(|b| b.is_ascii_hexdigit());
+            if hex { Ok(value.to_owned()) } else { Err(odd(line)) }
+        };
+        let guest = &mut report.guest;
+        match name {
+            "bytes" => report.bytes = number()?,
+            "files" => report.files = number()?,
+            "commits" => report.commits = number()?,
+            "behind" => guest.behind = number()?,
+            "staged" => guest.staged = number()?,
+            "unstaged" => guest.unstaged = number()?,
+            "untracked" => guest.untracked = number()?,
+            "base" => guest.base = object()?,
+            "head" if !value.is_empty() => guest.head = Some(object()?),
+            "tracked" if !value.is_empty() => guest.tracked = Some(object()?),
+            "branch" if !value.is_empty() => {
+                guest.branch = Some(value.chars().filter(|c| !c.is_control()).take(250).collect());
+            }
+            _ => {}
+        }
+    }
+    if report.guest.base.is_empty() { Err(odd(told)) } else { Ok(report) }
+}
+
+fn odd(told: &str) -> Error {
+    let told: String = told.chars().take(100).collect();
+    Error::new(Code::Internal, format!("the guest's report of the export is not valid: {told:?}"))
+}
+
 async fn make_and_send<G: Guest, W: AsyncWrite + Unpin + Send>(
     guest: &G,
+    request: &OpenExport,
     path: &str,
     scratch: &str,
     nonce: &str,
     out: &mut FrameWriter<W>,
 ) -> Result<ExportReport, Error> {
-    let told = guest.run(&EXPORT, &[path, scratch, nonce]).await?.check(&EXPORT, path)?;
-    let mut numbers = told.split_ascii_whitespace().map(str::parse::<u64>);
-    let (Some(Ok(bytes)), Some(Ok(files)), Some(Ok(commits)), None) =
-        (numbers.next(), numbers.next(), numbers.next(), numbers.next())
-    else {
-        return Err(Error::new(
-            Code::Internal,
-            format!("the guest's report of the export is not valid: {told:?}"),
-        ));
+    let format = match request.format {
+        ExportFormat::Patch => "patch",
+        ExportFormat::Bundle => "bundle",
+        ExportFormat::Status => "status",
     };
+    let since = request.base.as_deref().unwrap_or_default();
+    let args = [path, scratch, nonce, format, since];
+    let told = guest.run(&EXPORT, &args).await?.check(&EXPORT, path)?;
+    let report = parse(&told)?;
+    let bytes = report.bytes;
     if bytes > MAX_PATCH {
         return Err(Error::new(
             Code::ResourceExhausted,
@@ -85,7 +133,7 @@ async fn make_and_send<G: Guest, W: AsyncWrite + Unpin + Send>(
             ));
         }
     }
-    Ok(ExportReport { bytes, files, commits })
+    Ok(report)
 }
 
 /// Moves the patch from the guest to `out`, and no more than it said.

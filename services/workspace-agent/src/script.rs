@@ -82,6 +82,8 @@ impl Finished {
                 .hint("name the place of the import with `--guest-path`"),
             51 => precondition(format!("the repository {path} in the guest does not know its import any more"))
                 .hint("`refs/bothy/base` and `refs/bothy/import` are gone there: export by hand with `git format-patch`"),
+            52 => Error::not_found(format!("the repository {path} in the guest has no such revision"))
+                .hint("`git log` in the guest shows what `--base` may name"),
             status => {
                 let words = last_words(&self.stderr);
                 let full = words.contains("No space left on device");

@@ -112,7 +112,8 @@ pub async fn run(
 /// Refuses early, in words that fit, what would fail later.
 async fn check_runs(bus: &Client, vm: VmId) -> Result<(), Error> {
     let record = bus.call::<VmShow>(&VmRef { vm }).await?;
-    if record.state == VmState::Running {
+    // One that rests goes on when the stream to it opens.
+    if matches!(record.state, VmState::Running | VmState::Paused | VmState::Suspended) {
         return Ok(());
     }
     let name = record.name;

@@ -54,26 +54,77 @@ pub struct ImportReport {
     pub bytes: u64,
 }
 
-/// Opens a stream that gives all changes since the import as one patch.
+/// In which form work comes out of a guest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ExportFormat {
+    /// One patch of all changes, committed or not.
+    #[default]
+    Patch,
+    /// A git bundle of the commits.
+    Bundle,
+    /// Nothing but the report, with how the repository stands.
+    Status,
+}
+
+/// Opens a stream that gives what was done since the import.
 ///
-/// The stream carries `bothy-tickets` frames: the patch, then one [`ExportReport`].
+/// The stream carries `bothy-tickets` frames: the patch or bundle, then one [`ExportReport`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OpenExport {
     /// The VM.
     pub vm: VmId,
     /// Where the repository is in the guest.
     pub guest_path: String,
+    /// In which form.
+    #[serde(default)]
+    pub format: ExportFormat,
+    /// The revision, in the guest's repository, since which; the import where there is none.
+    #[serde(default)]
+    pub base: Option<String>,
 }
 
 /// What an export found.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExportReport {
-    /// Bytes of the patch; 0 where nothing changed.
+    /// Bytes of the patch or bundle; 0 where nothing changed.
     pub bytes: u64,
     /// Files that the patch touches.
     pub files: u64,
-    /// Commits made in the guest since the import.
+    /// Commits made in the guest since the import, or since the base that was asked for.
     pub commits: u64,
+    /// How the repository in the guest stands.
+    #[serde(default)]
+    pub guest: GuestStanding,
+}
+
+/// How a repository in a guest stands, as the guest tells it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestStanding {
+    /// The commit that was imported.
+    #[serde(default)]
+    pub base: String,
+    /// The tree of the tracked files that were imported.
+    #[serde(default)]
+    pub tracked: Option<String>,
+    /// The commit that is checked out; none where there is none any longer.
+    #[serde(default)]
+    pub head: Option<String>,
+    /// Its branch, unless the head is detached.
+    #[serde(default)]
+    pub branch: Option<String>,
+    /// Commits of the import that the head has not any longer.
+    #[serde(default)]
+    pub behind: u64,
+    /// Files that are staged. This and the next two are not counted for a patch, which has them all.
+    #[serde(default)]
+    pub staged: u64,
+    /// Tracked files with changes that are not staged.
+    #[serde(default)]
+    pub unstaged: u64,
+    /// New files that are not tracked.
+    #[serde(default)]
+    pub untracked: u64,
 }
 
 /// Asks how the workspace-agent stands.

@@ -3,9 +3,11 @@
 //! The CLI uses this crate **as the user**: [`Repository::open`] finds the repository, [`Repository::pack`] writes it
 //! as one tar stream (format in `docs/workspaces.md`), and [`inspect_patch`] judges a patch from a guest, which is
 //! hostile, before anything is written or recommended. The workspace-agent uses only [`Meta`], the first entry of the
-//! stream. Nothing here ever changes the user's repository: `git` runs without hooks, without optional locks and
+//! stream. Nothing here but [`Repository::apply`] ever changes the user's repository: `git` runs without hooks, without optional locks and
 //! without the caller's `GIT_*` variables.
 
+mod apply;
+mod bundle;
 mod entries;
 mod git;
 mod lines;
@@ -14,11 +16,15 @@ mod names;
 mod pack;
 mod patch;
 mod repository;
+mod standing;
 
+pub use apply::Applied;
+pub use bundle::{BundleSummary, EXPORT_REF};
 pub use meta::{FORMAT, META_MAX, Meta, ObjectFormat};
 pub use pack::{PackOptions, PackSummary};
 pub use patch::{MAX_FILES, MAX_INFLATED, MAX_PATCH, PatchSummary, inspect_patch};
 pub use repository::Repository;
+pub use standing::Standing;
 
 /// Names of the entries of a pack. `META` is first; the others follow in this order.
 pub mod entry {

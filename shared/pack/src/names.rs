@@ -18,6 +18,17 @@ pub(crate) fn display(name: &[u8]) -> String {
     out
 }
 
+/// `name` as a file system that folds case compares it: names that are equal so may be one file there.
+pub(crate) fn fold(name: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(name.len());
+    for chunk in name.utf8_chunks() {
+        // By way of upper case, which has fewer letters that stay apart.
+        out.extend_from_slice(chunk.valid().to_uppercase().to_lowercase().as_bytes());
+        out.extend_from_slice(chunk.invalid());
+    }
+    out
+}
+
 /// Takes a name off the front of `line`: a C string as git's `quote.c` writes it.
 ///
 /// Gives the name and what follows the closing quote; `None` where it is not such a string.

@@ -6,11 +6,11 @@
 
 use crate::{
     lines::Lines,
-    names::{display, unquote},
+    names::{self, display, unquote},
 };
 use bothy_contract::Error;
 use std::{
-    collections::{BTreeSet, HashSet, hash_map::RandomState},
+    collections::{BTreeSet, HashMap, HashSet, hash_map::RandomState},
     hash::BuildHasher,
     io::{BufRead, Read},
 };
@@ -43,6 +43,10 @@ pub struct PatchSummary {
     pub symlinks: u64,
     /// Its size in bytes.
     pub bytes: u64,
+    /// What all its binary content claims to inflate to, in bytes.
+    pub inflated: u64,
+    /// Names that are one name where case makes no difference, as far as the patch itself shows.
+    pub collisions: u64,
 }
 
 /// Reads a whole patch and judges it. An empty one is fine.
@@ -52,13 +56,32 @@ pub struct PatchSummary {
 /// other than file, executable and symbolic link, files below a symbolic link that the patch makes, and sizes beyond
 /// [`MAX_PATCH`], [`MAX_FILES`] and [`MAX_INFLATED`].
 pub fn inspect_patch(reader: impl Read) -> Result<PatchSummary, Error> {
+    inspect_files(reader, |_| Ok(()))
+}
+
+/// One file of a patch whose names were checked.
+pub(crate) struct Touched<'a> {
+    /// Its name before; the same as `to` where it was not renamed.
+    pub(crate) from: &'a [u8],
+    /// Its name after.
+    pub(crate) to: &'a [u8],
+    /// It is there only before.
+    pub(crate) deleted: bool,
+}
+
+/// The same, and gives each file to `each`, whose errors end it.
+pub(crate) fn inspect_files(
+    reader: impl Read,
+    each: impl FnMut(&Touched<'_>) -> Result<(), Error>,
+) -> Result<PatchSummary, Error> {
     let mut inspection = Inspection {
         lines: Lines::new(reader, MAX_PATCH),
         sum: PatchSummary::default(),
-        inflated: 0,
         links: BTreeSet::new(),
         parents: HashSet::new(),
+        folded: HashMap::new(),
         hasher: RandomState::new(),
+        each,
     };
     match inspection.run() {
         Ok(()) => Ok(PatchSummary { bytes: inspection.lines.bytes, ..inspection.sum }),
@@ -87,16 +110,17 @@ pub(crate) fn count_files(mut reader: impl BufRead) -> Result<u64, Error> {
     }
 }
 
-struct Inspection<R> {
+struct Inspection<R, F> {
     lines: Lines<R>,
     sum: PatchSummary,
-    /// What binary files have claimed to inflate to.
-    inflated: u64,
-    /// Symbolic links that there will be.
+    /// Symbolic links that there will be, folded.
     links: BTreeSet<Vec<u8>>,
-    /// Hashes of all directories in which there will be files.
+    /// Hashes of all directories in which there will be files, folded.
     parents: HashSet<u64>,
+    /// From the hash of each folded name that there will be to the hash of the name.
+    folded: HashMap<u64, u64>,
     hasher: RandomState,
+    each: F,
 }
 
 /// One file's part of the patch, as far as it was read.
@@ -113,7 +137,7 @@ struct Section {
     link: bool,
 }
 
-impl<R: Read> Inspection<R> {
+impl<R: Read, F: FnMut(&Touched<'_>) -> Result<(), Error>> Inspection<R, F> {
     fn run(&mut self) -> Result<(), Error> {
         loop {
             let line = self.lines.next()?;
@@ -201,15 +225,22 @@ impl<R: Read> Inspection<R> {
         self.sum.created += u64::from(section.created);
         self.sum.deleted += u64::from(section.deleted);
         self.sum.renamed += u64::from(section.to.is_some());
+        (self.each)(&Touched { from, to, deleted: section.deleted })?;
         if section.deleted {
             return Ok(());
         }
+        // As a file system that folds case sees it: there a link `D` is in the way of `d/x`, too.
+        let folded = names::fold(to);
+        let exact = self.hasher.hash_one(to);
+        if *self.folded.entry(self.hasher.hash_one(folded.as_slice())).or_insert(exact) != exact {
+            self.sum.collisions += 1;
+        }
+        for (at, _) in folded.iter().enumerate().filter(|(_, b)| **b == b'/') {
+            self.parents.insert(self.hasher.hash_one(folded.get(..at).unwrap_or_default()));
+        }
         if section.link {
             self.sum.symlinks += 1;
-            self.links.insert(to.to_vec());
-        }
-        for (at, _) in to.iter().enumerate().filter(|(_, b)| **b == b'/') {
-            self.parents.insert(self.hasher.hash_one(to.get(..at).unwrap_or_default()));
+            self.links.insert(folded);
         }
         if self.links.len() > MAX_REMEMBERED || self.parents.len() > MAX_REMEMBERED {
             return Err(Error::invalid(format!(
@@ -268,8 +299,8 @@ impl<R: Read> Inspection<R> {
                 .strip_suffix(b"\n")
                 .and_then(number)
                 .ok_or_else(|| Error::invalid("a size that is no number"))?;
-            self.inflated = self.inflated.saturating_add(size);
-            if self.inflated > MAX_INFLATED {
+            self.sum.inflated = self.sum.inflated.saturating_add(size);
+            if self.sum.inflated > MAX_INFLATED {
                 return Err(Error::invalid(format!(
                     "its binary files claim to be larger than {} GiB",
                     MAX_INFLATED >> 30

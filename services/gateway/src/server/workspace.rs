@@ -19,7 +19,7 @@ use axum::{
 use bothy_contract::{
     Code, Error,
     methods::{WorkspaceExportOpen, WorkspaceImportOpen},
-    workspace::{ExportReport, ImportReport, OpenExport, OpenImport},
+    workspace::{ExportFormat, ExportReport, ImportReport, OpenExport, OpenImport},
 };
 use bothy_tickets::{Frame, FrameReader, FrameWriter};
 use bytes::Bytes;
@@ -40,6 +40,16 @@ const DEFAULT_PATH: &str = "/root/repo";
 pub(crate) struct PathQuery {
     #[serde(default = "default_path")]
     guest_path: String,
+}
+
+#[derive(Deserialize)]
+pub(crate) struct ExportQuery {
+    #[serde(default = "default_path")]
+    guest_path: String,
+    #[serde(default)]
+    format: ExportFormat,
+    #[serde(default)]
+    base: Option<String>,
 }
 
 fn default_path() -> String {
@@ -104,10 +114,11 @@ pub(crate) async fn export(
     State(gateway): State<Gateway>,
     peer: Peer,
     Path(vm): Path<String>,
-    Query(query): Query<PathQuery>,
+    Query(query): Query<ExportQuery>,
 ) -> Result<Response, ApiError> {
     let vm = gateway.vm(&peer, &vm).await?;
-    let request = OpenExport { vm: vm.id, guest_path: query.guest_path };
+    let request =
+        OpenExport { vm: vm.id, guest_path: query.guest_path, format: query.format, base: query.base };
     let ticket = gateway.call::<WorkspaceExportOpen>(&request).await?;
     // The write half is kept until the end: closing it could look like a caller that went.
     let (read, write) = bothy_tickets::connect(&ticket).await?.into_split();

@@ -397,7 +397,7 @@ pub(crate) async fn serve(
             let mut frames = FrameWriter::new(write);
             let _ = frames.data(PATCH).await;
             if !cut {
-                let _ = frames.end(&ExportReport { bytes: PATCH.len() as u64, files: 1, commits: 0 }).await;
+                let _ = frames.end(&ExportReport { bytes: PATCH.len() as u64, files: 1, ..ExportReport::default() }).await;
             }
         }
     }

@@ -23,3 +23,34 @@ add_others() {
     g ls-files -z --others --exclude-standard >"$work/others"
     sed -z '/\/$/d' <"$work/others" | g update-index -z --add --replace --stdin
 }
+
+# The repository itself, only to be read.
+r() { g --git-dir="$path/.git" "$@"; }
+
+# A git directory of our own in $work borrows the objects of the repository $path, so that its configuration, hooks and
+# filters are never read, and new objects, the index and locks stay out of it. `g` then works with it.
+borrow() {
+    git init -q --bare --template= --object-format="$(r rev-parse --show-object-format)" "$work/git"
+    mkdir -p "$work/git/objects/info" "$work/git/info"
+    printf '%s\n' "$path/.git/objects" >"$work/git/objects/info/alternates"
+    if [ -f "$path/.git/info/exclude" ]; then cp -- "$path/.git/info/exclude" "$work/git/info/exclude"; fi
+    export GIT_DIR="$work/git" GIT_WORK_TREE="$path" GIT_INDEX_FILE="$work/index"
+    cd "$path"
+    # With its time: git tells by it which entries it cannot trust.
+    if [ -f .git/index ]; then cp -p -- .git/index "$work/index"; fi
+}
+
+# The working tree as it is now, as a tree: $tree.
+snapshot() {
+    if ! g add -u . 2>"$work/why"; then
+        # An index that cannot be read or stands on its own no longer: start from the import and read every file.
+        rm -f -- "$work/index" "$work/index.lock"
+        g read-tree "$import"
+        g add -u .
+    fi
+    add_others
+    # Imported files that are ignored by now, or were dropped from the index only, are there still.
+    g diff-index --cached --no-renames --name-only -z --diff-filter=D "$import" >"$work/gone"
+    if [ -s "$work/gone" ]; then g update-index -z --add --remove --replace --stdin <"$work/gone"; fi
+    tree=$(g write-tree)
+}

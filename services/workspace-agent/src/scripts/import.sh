@@ -32,6 +32,7 @@ export GIT_INDEX_FILE="$work/index"
 g read-tree "$head"
 if [ -s "$pack/tracked.patch" ]; then g apply --cached --whitespace=nowarn --allow-empty "$pack/tracked.patch"; fi
 tree=$(g write-tree)
+tracked=$tree
 unset GIT_INDEX_FILE
 g read-tree --reset -u "$tree"
 # The index as it was: unchanged files keep what git knows of them, so that the first `git status` reads no content.
@@ -49,6 +50,8 @@ fi
 unset GIT_INDEX_FILE
 import=$(g commit-tree -p "$head" -m 'the working tree as it was imported' "$tree")
 g update-ref refs/bothy/import "$import"
+# The same without what is not tracked: that of the host can be compared with it.
+g update-ref refs/bothy/tracked "$tracked"
 if [ -n "$name" ]; then g config user.name "$name"; fi
 if [ -n "$email" ]; then g config user.email "$email"; fi
 

@@ -1,2 +1,2 @@
-# read <tmp> <nonce>: the patch.
-exec cat -- "$1/bothy-export-$2/patch"
+# read <tmp> <nonce>: the patch or bundle.
+exec cat -- "$1/bothy-export-$2/out"

@@ -1,12 +1,12 @@
 //! What a round trip does not meet: refusals, clean-up, hostile configuration, shallow clones, identity.
 
 use crate::support::{
-    HostGuest, assert_untouched, export_repo, fingerprint, framed, git, git_with, import_frames, import_repo,
-    packed, tree_of,
+    HostGuest, assert_untouched, export_as, export_repo, fingerprint, framed, git, git_with, import_frames,
+    import_repo, packed, tree_of,
 };
 use bothy_contract::{
     Code, VmId,
-    workspace::{Identity, SyncIdentity},
+    workspace::{ExportFormat, Identity, SyncIdentity},
 };
 use bothy_workspace_agent::identity::sync;
 use std::{os::unix::fs::PermissionsExt, path::Path};
@@ -242,4 +242,58 @@ async fn identity_is_written_and_what_the_guest_set_itself_stays() {
     let outside = SyncIdentity { home: "/root/../etc".into(), ..request("x", &[]) };
     assert_eq!(sync(&HostGuest, &outside).await.unwrap_err().code, Code::InvalidArgument);
     assert_untouched(home, &before);
+}
+
+#[tokio::test]
+async fn commits_come_as_a_bundle_and_status_says_how_the_guest_stands() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (host, guest, scratch) =
+        (tmp.path().join("host"), tmp.path().join("guest"), tmp.path().join("scratch"));
+    repository(&host);
+    fs_err::create_dir(&scratch).unwrap();
+    fs_err::write(host.join("a"), "one\ntwo\ndirty\n").unwrap();
+    fs_err::write(host.join("new"), "new\n").unwrap();
+    import_repo(&host, &guest, true).await;
+    let head = git(&host, &["rev-parse", "HEAD"]);
+    let (none, report) = export_as(&guest, &scratch, ExportFormat::Bundle, None).await.unwrap();
+    assert_eq!((none.len(), report.commits), (0, 0));
+    // What was imported is told so that the host can compare: its own tree, without what it does not track.
+    let repo = bothy_pack::Repository::open(&host).unwrap();
+    let standing = repo.standing(&report.guest.base, report.guest.tracked.as_deref()).unwrap();
+    assert_eq!((report.guest.base.as_str(), standing.files_differ), (head.as_str(), Some(false)));
+
+    git(&guest, &["commit", "-qam", "one"]);
+    fs_err::write(guest.join("a"), "2\n").unwrap();
+    git(&guest, &["commit", "-qam", "two"]);
+    fs_err::write(guest.join("a"), "3\n").unwrap();
+    fs_err::write(guest.join("staged"), "x\n").unwrap();
+    git(&guest, &["add", "staged"]);
+    let before = fingerprint(&guest);
+    let (bundle, report) = export_as(&guest, &scratch, ExportFormat::Bundle, None).await.unwrap();
+    let (empty, status) = export_as(&guest, &scratch, ExportFormat::Status, None).await.unwrap();
+    assert_untouched(&guest, &before);
+    let found = |r: &bothy_contract::workspace::ExportReport| {
+        (r.commits, r.guest.behind, r.guest.staged, r.guest.unstaged, r.guest.untracked)
+    };
+    assert_eq!((found(&report), found(&status)), ((2, 0, 1, 1, 1), (2, 0, 1, 1, 1)));
+    assert_eq!((empty.len(), status.guest.branch.as_deref()), (0, Some("main")));
+    let mut file = fs_err::File::from_parts(tempfile::tempfile().unwrap(), "bundle");
+    std::io::Write::write_all(&mut file, &bundle).unwrap();
+    let sum = repo.check_bundle(&mut file).unwrap();
+    assert_eq!((sum.commits, sum.head), (2, git(&guest, &["rev-parse", "HEAD"])));
+
+    // Since a revision of the guest's.
+    let (patch, report) = export_as(&guest, &scratch, ExportFormat::Patch, Some("HEAD")).await.unwrap();
+    let text = String::from_utf8(patch).unwrap();
+    assert!(text.contains("-2\n+3\n") && report.commits == 0, "{text}");
+    assert_eq!(export_as(&guest, &scratch, ExportFormat::Bundle, Some("HEAD~1")).await.unwrap().1.commits, 1);
+    for (rev, code) in [("nothing", Code::NotFound), ("--all", Code::NotFound), ("", Code::InvalidArgument)] {
+        let e = export_as(&guest, &scratch, ExportFormat::Patch, Some(rev)).await.unwrap_err();
+        assert!(e.code == code && e.hint.is_some(), "{rev}: {e}");
+    }
+    git(&guest, &["reset", "-q", "--hard", "HEAD~2"]);
+    git(&guest, &["commit", "-q", "--amend", "--allow-empty", "-m", "else"]);
+    let (_, status) = export_as(&guest, &scratch, ExportFormat::Status, None).await.unwrap();
+    assert_eq!((status.commits, status.guest.behind), (1, 1));
+    assert_eq!(fs_err::read_dir(&scratch).unwrap().count(), 0);
 }

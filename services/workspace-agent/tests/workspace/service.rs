@@ -7,7 +7,7 @@ use bothy_contract::{
     Code, Error, ImageName, Service, VmId,
     methods::{VmChannelOpen, VmShow, WorkspaceExportOpen, WorkspaceIdentitySync, WorkspaceImportOpen},
     vm::{OpenChannel, Shape, Ticket, VmRecord, VmRef, VmState},
-    workspace::{ExportReport, Identity, ImportReport, OpenExport, OpenImport, SyncIdentity},
+    workspace::{ExportFormat, ExportReport, Identity, ImportReport, OpenExport, OpenImport, SyncIdentity},
 };
 use bothy_guest::{
     Guest, Init,
@@ -135,8 +135,15 @@ impl Host {
 
     async fn export(&self, path: &Path) -> Result<(Vec<u8>, ExportReport), Error> {
         let guest_path = path.to_str().unwrap().to_owned();
-        let ticket =
-            self.gateway.call::<WorkspaceExportOpen>(&OpenExport { vm: self.vm, guest_path }).await?;
+        let ticket = self
+            .gateway
+            .call::<WorkspaceExportOpen>(&OpenExport {
+                vm: self.vm,
+                guest_path,
+                format: ExportFormat::Patch,
+                base: None,
+            })
+            .await?;
         let mut frames = FrameReader::new(connect(&ticket).await?);
         let mut patch = Vec::new();
         loop {

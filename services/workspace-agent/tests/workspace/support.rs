@@ -2,7 +2,7 @@
 
 use bothy_contract::{
     Error, VmId,
-    workspace::{ExportReport, ImportReport, OpenExport, OpenImport},
+    workspace::{ExportFormat, ExportReport, ImportReport, OpenExport, OpenImport},
 };
 use bothy_guest_proto::v1::File;
 use bothy_pack::{PackOptions, PackSummary, Repository};
@@ -125,7 +125,17 @@ pub(crate) async fn import_repo(repo: &Path, guest_path: &Path, include_untracke
 }
 
 pub(crate) async fn export_repo(guest_path: &Path, scratch: &Path) -> Result<(Vec<u8>, ExportReport), Error> {
-    let request = OpenExport { vm: VmId::new(), guest_path: guest_path.to_str().unwrap().into() };
+    export_as(guest_path, scratch, ExportFormat::Patch, None).await
+}
+
+pub(crate) async fn export_as(
+    guest_path: &Path,
+    scratch: &Path,
+    format: ExportFormat,
+    base: Option<&str>,
+) -> Result<(Vec<u8>, ExportReport), Error> {
+    let guest_path = guest_path.to_str().unwrap().into();
+    let request = OpenExport { vm: VmId::new(), guest_path, format, base: base.map(str::to_owned) };
     let mut out = FrameWriter::new(Vec::new());
     let report =
         export(&HostGuest, &request, scratch.to_str().unwrap(), &mut out, &CancellationToken::new()).await?;

@@ -97,7 +97,8 @@ async fn save(context: &Context, vm: &VmRecord, args: &cli::Run, root: &Path) ->
         None => workspace::default_patch(root, vm.name.as_str())?,
     };
     let dir = workspace::directory(&wanted)?;
-    let export = workspace::fetch(context, &vm.id.to_string(), &args.guest_path, &dir).await?;
+    let what = workspace::Wanted { guest_path: &args.guest_path, ..workspace::Wanted::default() };
+    let export = workspace::fetch(context, &vm.id.to_string(), what, &dir).await?;
     if export.report.bytes == 0 {
         context.printer.note(workspace::nothing_changed());
         return Ok(());
@@ -114,19 +115,13 @@ async fn save(context: &Context, vm: &VmRecord, args: &cli::Run, root: &Path) ->
         context.printer.always(serde_json::json!({ "patch": shown, "vm": vm.name }).to_string());
     } else {
         context.printer.always(format!("patch: {} ({summary})", shown.display()));
-        context.printer.always(format!("  apply it: git -C {} apply {}", quoted(root), quoted(&shown)));
+        context.printer.always(format!(
+            "  apply it: git -C {} apply {}",
+            workspace::quoted(root),
+            workspace::quoted(&shown)
+        ));
     }
     Ok(())
-}
-
-/// The path as a word of a shell command line.
-fn quoted(path: &Path) -> String {
-    let text = path.display().to_string();
-    if text.bytes().all(|b| b.is_ascii_alphanumeric() || b"/._-+:@".contains(&b)) {
-        text
-    } else {
-        format!("'{}'", visible(&text).replace('\'', r"'\''"))
-    }
 }
 
 /// Deletes the machine. A failure is told, but the command's status stays the result.

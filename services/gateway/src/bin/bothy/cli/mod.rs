@@ -4,10 +4,12 @@ mod catalogue;
 mod network;
 mod values;
 mod vm;
+mod workspace;
 
 pub(crate) use catalogue::Keep;
 pub(crate) use network::{Network, Policy};
 pub(crate) use vm::{Delete, Exec, Prune, Refs, Several, Vm};
+pub(crate) use workspace::{Export, Form, Workspace};
 
 use bothy_contract::{ImageName, VmName};
 use clap::{Args, Parser, Subcommand, ValueHint};
@@ -127,35 +129,6 @@ pub(crate) struct Run {
 
 /// Where a repository goes where nothing else is said.
 pub(crate) const DEFAULT_GUEST_PATH: &str = "/root/repo";
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum Workspace {
-    /// Put a repository into a machine
-    Prepare {
-        /// Name, id, or a unique prefix of either
-        vm: String,
-        /// The repository
-        #[arg(default_value = ".", value_hint = ValueHint::DirPath)]
-        path: PathBuf,
-        /// Take untracked files along (ignored ones never)
-        #[arg(long)]
-        include_untracked: bool,
-        /// Where it goes in the machine
-        #[arg(long, value_name = "PATH", default_value = DEFAULT_GUEST_PATH)]
-        guest_path: String,
-    },
-    /// Bring all changes since the repository was put there back as a patch
-    Export {
-        /// Name, id, or a unique prefix of either
-        vm: String,
-        /// The file to save it to [default: stdout]
-        #[arg(long, short, value_name = "FILE", value_hint = ValueHint::FilePath)]
-        output: Option<PathBuf>,
-        /// Where the repository is in the machine
-        #[arg(long, value_name = "PATH", default_value = DEFAULT_GUEST_PATH)]
-        guest_path: String,
-    },
-}
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Image {
