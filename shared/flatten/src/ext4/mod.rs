@@ -1,0 +1,206 @@
+//! An ext4 file system around data that is in its place already. Format: the kernel's `Documentation/filesystems/ext4`.
+//!
+//! ```text
+//!  0 superblock | 1.. group descriptors | 32.. data, as it came | directories, links, attributes | bitmaps | inodes
+//! ```
+//! It is never written to again: no journal, no reserve, no backup superblocks (`sparse_super2` without any), so nothing has
+//! to lie in the middle of the data; with `flex_bg` all metadata may lie behind it. Blocks of data that no file has any
+//! more are free space.
+
+mod dir;
+mod inode;
+mod raw;
+mod superblock;
+mod xattr;
+
+pub(crate) use xattr::ROOM as XATTR_ROOM;
+
+use crate::{
+    Summary,
+    space::{BLOCK, HEAD, Space, Span},
+    tree::{Body, Id, Node, ROOT, Tree},
+};
+use bothy_contract::Error;
+use inode::Numbered;
+use raw::Bitmap;
+
+/// Blocks, and inodes at most, in one group: what one block of a bitmap has bits for.
+const PER_GROUP: u64 = 8 * BLOCK;
+/// The size of an inode, and how many are in a block.
+const INODE: usize = 256;
+const INODES_PER_BLOCK: u64 = BLOCK / INODE as u64;
+/// The root directory's inode, and the first that is not reserved.
+const ROOT_INODE: u32 = 2;
+const FIRST_INODE: u32 = 11;
+
+/// The shape of the file system.
+#[derive(Debug, Clone, Copy)]
+struct Shape {
+    groups: u64,
+    blocks: u64,
+    inodes_per_group: u64,
+    /// Where the bitmaps begin: blocks', then inodes', then the tables.
+    metadata: u64,
+}
+
+impl Shape {
+    /// The smallest for `inodes` inodes and what comes before block `metadata`.
+    fn new(metadata: u64, inodes: u64) -> Self {
+        let mut groups = 1;
+        loop {
+            let inodes_per_group = inodes.div_ceil(groups).next_multiple_of(INODES_PER_BLOCK);
+            let tables = groups * inodes_per_group / INODES_PER_BLOCK;
+            let blocks = (metadata + 2 * groups + tables).max((groups - 1) * PER_GROUP + 1);
+            let needed = blocks.div_ceil(PER_GROUP);
+            if needed <= groups && inodes_per_group <= PER_GROUP {
+                return Self { groups, blocks, inodes_per_group, metadata };
+            }
+            groups = needed.max(groups + 1);
+        }
+    }
+
+    fn table(&self, group: u64) -> u64 {
+        self.metadata + 2 * self.groups + group * self.inodes_per_group / INODES_PER_BLOCK
+    }
+}
+
+/// Writes all but the data of `tree` to `space`. `written` are all runs of data that layers had, wanted or not.
+pub(crate) fn write(mut tree: Tree, space: &Space, written: &mut Vec<Span>) -> Result<Summary, Error> {
+    // Checkers of file systems want it there.
+    if tree.child(ROOT, b"lost+found").is_none() {
+        let meta = crate::layer::Meta { mode: 0o700, ..Default::default() };
+        tree.put(
+            ROOT,
+            b"lost+found",
+            Node { meta, body: Body::Directory(std::collections::BTreeMap::new()) },
+        );
+    }
+    let numbered = inode::number(&tree)?;
+    let mut summary = Summary::default();
+    let mut live = Vec::new();
+    let mut made = Vec::new();
+    let mut out = raw::Appender::new(space);
+    for (_, id) in &numbered.order {
+        let Some(node) = tree.node(*id) else { continue };
+        match &node.body {
+            Body::Directory(_) => summary.directories += 1,
+            Body::File(span) => {
+                summary.files += 1;
+                summary.bytes += span.bytes;
+                live.push(*span);
+            }
+            _ => {}
+        }
+        made.push(inode::write(&tree, &numbered, *id, node, &mut out)?);
+    }
+    out.flush()?;
+    let inodes = u64::from(numbered.last.max(FIRST_INODE));
+    let shape = Shape::new(space.next(), inodes);
+    debug_assert!(shape.groups * 32 <= (HEAD - 1) * BLOCK);
+
+    let mut used = Bitmap::new(shape.groups * PER_GROUP);
+    used.set(0, 1 + (shape.groups * 32).div_ceil(BLOCK));
+    live.iter().for_each(|span| used.set(span.start, span.blocks()));
+    out.taken().iter().for_each(|(start, blocks)| used.set(*start, *blocks));
+    used.set(shape.metadata, shape.table(shape.groups) - shape.metadata);
+    // There are no blocks behind the last one.
+    used.set(shape.blocks, shape.groups * PER_GROUP - shape.blocks);
+    summary.hidden = punch(space, written, &mut live);
+
+    tables(space, shape, &numbered, &made)?;
+    superblock::write(space, shape, &used, &numbered, &tree)?;
+    summary.size = shape.blocks * BLOCK;
+    space.set_blocks(shape.blocks)?;
+    Ok(summary)
+}
+
+/// Gives back the data that no file has, and says how much that is.
+fn punch(space: &Space, written: &mut Vec<Span>, live: &mut Vec<Span>) -> u64 {
+    written.sort_unstable();
+    live.sort_unstable();
+    live.dedup();
+    let mut hidden = 0;
+    let mut hole: Option<(u64, u64)> = None;
+    for span in written.iter().filter(|s| s.bytes > 0 && live.binary_search(s).is_err()) {
+        hidden += span.bytes;
+        match &mut hole {
+            Some((start, blocks)) if *start + *blocks == span.start => *blocks += span.blocks(),
+            _ => {
+                if let Some((start, blocks)) = hole.replace((span.start, span.blocks())) {
+                    space.punch(start, blocks);
+                }
+            }
+        }
+    }
+    if let Some((start, blocks)) = hole {
+        space.punch(start, blocks);
+    }
+    hidden
+}
+
+/// Writes the inodes, a group at a time.
+fn tables(space: &Space, shape: Shape, numbered: &Numbered, made: &[[u8; INODE]]) -> Result<(), Error> {
+    let mut inodes = numbered.order.iter().zip(made).peekable();
+    for group in 0..shape.groups {
+        let first = group * shape.inodes_per_group + 1;
+        let size = usize::try_from(shape.inodes_per_group).unwrap_or_default() * INODE;
+        let mut table = vec![0; size];
+        let end = first + shape.inodes_per_group;
+        while let Some(((number, _), inode)) = inodes.next_if(|((n, _), _)| u64::from(*n) < end) {
+            let at = usize::try_from(u64::from(*number) - first).unwrap_or_default() * INODE;
+            if let Some(place) = table.get_mut(at..at + INODE) {
+                place.copy_from_slice(inode);
+            }
+        }
+        space.write(shape.table(group), &table)?;
+    }
+    Ok(())
+}
+
+/// The directory that a node is in needs no number of its own: it is in the order before.
+fn is_directory(tree: &Tree, id: Id) -> bool {
+    tree.node(id).is_some_and(|n| matches!(n.body, Body::Directory(_)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layer::Meta;
+    use std::process::Command;
+
+    #[test]
+    fn large_files_have_as_many_extents_as_they_need() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        let space = Space::create(&path, 64 << 30).unwrap();
+        let mut tree = Tree::new();
+        let mut spans = Vec::new();
+        // Four extents are in the inode, more in a block. The data itself is holes.
+        for (name, bytes) in [("three", 300 << 20), ("seven", (900 << 20) + 5), ("none", 0)] {
+            let mut span = Span { start: 0, bytes };
+            span.start = space.take(span.blocks()).unwrap();
+            spans.push(span);
+            tree.put(ROOT, name.as_bytes(), Node { meta: Meta::default(), body: Body::File(span) });
+        }
+        let summary = write(tree, &space, &mut spans).unwrap();
+        assert_eq!((summary.files, summary.hidden), (3, 0));
+        drop(space);
+        let out = Command::new("e2fsck").arg("-fn").arg(&path).output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stdout));
+        let said = Command::new("debugfs").args(["-R", "stat seven"]).arg(&path).output().unwrap();
+        let said = String::from_utf8_lossy(&said.stdout).into_owned();
+        assert!(said.contains("Size: 943718405") && said.contains("(ETB0)"), "{said}");
+    }
+
+    #[test]
+    fn shapes_hold_what_they_must() {
+        for (metadata, inodes) in
+            [(40, 11), (32_700, 11), (40, 1_000_000), (3 * PER_GROUP, 70_000), (PER_GROUP - 3, 16)]
+        {
+            let shape = Shape::new(metadata, inodes);
+            assert!(shape.groups * shape.inodes_per_group >= inodes && shape.inodes_per_group <= PER_GROUP);
+            assert_eq!(shape.blocks.div_ceil(PER_GROUP), shape.groups);
+            assert!(shape.table(shape.groups) <= shape.blocks);
+        }
+    }
+}
