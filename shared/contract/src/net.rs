@@ -365,6 +365,9 @@ pub struct NetHost {
     pub dns: Option<NameServer>,
 }
 
+/// A name that the name server for guests always knows: its own. No VM can have one with `_`.
+pub const NAME_SERVER: &str = "ns._bothy.vm.";
+
 /// The name server for guests.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NameServer {

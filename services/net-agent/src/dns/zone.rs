@@ -4,7 +4,7 @@
 //! no question about them ever goes to another server.
 
 use crate::plan::Plan;
-use bothy_contract::{HostToken, VmName};
+use bothy_contract::{HostToken, VmName, net::NAME_SERVER};
 use hickory_proto::rr::{Name, RData, Record, RecordType, rdata};
 use std::{
     collections::BTreeMap,
@@ -17,9 +17,6 @@ use std::{
 
 /// Seconds that others may keep an answer for: a name can go to another VM at any moment.
 const TTL: u32 = 0;
-
-/// The name server's own name; no VM can have a name with `_`.
-pub const SERVER: &str = "ns._bothy.vm.";
 
 /// What the zone knows of a question.
 #[derive(Debug, PartialEq)]
@@ -71,7 +68,7 @@ impl Zone {
 
     /// The zone's SOA, which goes with every answer that something is not there.
     pub fn soa(&self) -> Option<Record> {
-        let (apex, server) = (Name::from_ascii("vm.").ok()?, Name::from_ascii(SERVER).ok()?);
+        let (apex, server) = (Name::from_ascii("vm.").ok()?, Name::from_ascii(NAME_SERVER).ok()?);
         let person = Name::from_ascii("hostmaster._bothy.vm.").ok()?;
         let serial = self.serial.load(Ordering::Relaxed);
         let soa = rdata::SOA::new(server, person, serial, 3600, 600, 86_400, TTL);
@@ -92,7 +89,7 @@ impl Zone {
             ["arpa", "ip6", rest @ ..] => self.reverse6(rest).map_or(Found::NoName, records),
             ["vm"] => {
                 let soa = self.soa().map(|record| record.data);
-                let server = Name::from_ascii(SERVER).ok().map(|name| RData::NS(rdata::NS(name)));
+                let server = Name::from_ascii(NAME_SERVER).ok().map(|name| RData::NS(rdata::NS(name)));
                 records(soa.into_iter().chain(server).collect())
             }
             ["vm", "_bothy"] => records(Vec::new()),
@@ -272,8 +269,8 @@ mod tests {
         ] {
             assert_eq!(find(&zone, other, RecordType::A), Found::Elsewhere, "{other}");
         }
-        assert_eq!(data(&zone, "vm.", RecordType::NS), [SERVER]);
-        assert_eq!(data(&zone, SERVER, RecordType::A), ["10.77.0.1"]);
+        assert_eq!(data(&zone, "vm.", RecordType::NS), [NAME_SERVER]);
+        assert_eq!(data(&zone, NAME_SERVER, RecordType::A), ["10.77.0.1"]);
         assert_eq!(data(&zone, "vm.", RecordType::SOA).len(), 1);
     }
 

@@ -1,5 +1,7 @@
 //! `bothy doctor`: what bothy needs, each with what was found and what to do. Nothing is changed.
 
+mod names;
+
 use crate::{Context, Status, host::up::find_program};
 use bothy_config::Config;
 use bothy_contract::{Error, ImageName};
@@ -40,6 +42,9 @@ fn check(check: &'static str, verdict: Verdict, found: impl Into<String>, todo: 
 pub(crate) async fn main(context: &Context) -> Result<Status, Error> {
     let (mut checks, report) = services(context).await;
     let bus_answers = report.as_ref().is_some_and(HostReport::all_up);
+    if let Some(net) = report.as_ref().and_then(|report| report.net.as_ref()) {
+        checks.extend(names::checks(net).await);
+    }
     // What the host uses is known best by its gateway; the configuration may be another's, or unreadable.
     let told = report.and_then(|report| report.uses);
     let uses = told.unwrap_or_else(|| HostUses::from(&configuration()));

@@ -1,0 +1,129 @@
+//! Whether guests can resolve names, and this host the names of its machines.
+
+use super::{Check, Verdict, check};
+use bothy_contract::net::{NAME_SERVER, NameServer, NetHost};
+use std::{
+    net::{IpAddr, SocketAddr, ToSocketAddrs},
+    time::Duration,
+};
+
+/// How long the host's resolver may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Nothing where the net-agent is one that has no name server.
+pub(super) async fn checks(net: &NetHost) -> Vec<Check> {
+    let Some(server) = &net.dns else { return Vec::new() };
+    let mut checks = vec![guests(server)];
+    if let Some(at) = server.listens.first() {
+        checks.push(host(&net.bridge, *at, resolve().await));
+    }
+    checks
+}
+
+fn guests(server: &NameServer) -> Check {
+    let todo = "stop what listens there, or have it leave the bridge alone (dnsmasq: `bind-interfaces`); it is tried again by itself";
+    if !server.failures.is_empty() {
+        return check("guests' names", Verdict::Fail, server.failures.join("; "), Some(todo));
+    }
+    let at: Vec<_> = server.listens.iter().map(IpAddr::to_string).collect();
+    if server.resolvers.is_empty() {
+        let found = format!("answered at {}, but for none outside: no resolver is named", at.join(" and "));
+        return check("guests' names", Verdict::Warn, found, Some("name one in /etc/resolv.conf"));
+    }
+    let by: Vec<_> = server.resolvers.iter().map(SocketAddr::to_string).collect();
+    let found = format!("answered at {}, others by {}", at.join(" and "), by.join(" and "));
+    check("guests' names", Verdict::Ok, found, None)
+}
+
+/// What this host's own resolver, asked as every program asks it, has for a name that is always there.
+async fn resolve() -> Result<Vec<IpAddr>, String> {
+    let found = tokio::task::spawn_blocking(|| (NAME_SERVER, 53).to_socket_addrs());
+    match tokio::time::timeout(PATIENCE, found).await {
+        Ok(Ok(Ok(found))) => Ok(found.map(|address| address.ip()).collect()),
+        Ok(Ok(Err(e))) => Err(e.to_string()),
+        Ok(Err(e)) => Err(e.to_string()),
+        Err(_) => Err(format!("no answer within {} s", PATIENCE.as_secs())),
+    }
+}
+
+fn host(bridge: &str, server: IpAddr, found: Result<Vec<IpAddr>, String>) -> Check {
+    let why = match found {
+        Ok(found) if found.contains(&server) => {
+            return check("names here", Verdict::Ok, "this host resolves `<machine>.vm`", None);
+        }
+        Ok(found) => {
+            let found: Vec<_> = found.iter().map(IpAddr::to_string).collect();
+            format!("{NAME_SERVER} is {}, not {server}", found.join(" and "))
+        }
+        Err(why) => why,
+    };
+    let text = fs_err::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    check(
+        "names here",
+        Verdict::Warn,
+        format!("this host does not resolve `<machine>.vm`: {}", why.trim()),
+        Some(&todo(&text, bridge, server)),
+    )
+}
+
+/// What to add where, by the host's resolv.conf.
+fn todo(resolv_conf: &str, bridge: &str, server: IpAddr) -> String {
+    let asks = |address: &str| {
+        resolv_conf.lines().any(|line| {
+            let mut words = line.split_whitespace();
+            words.next() == Some("nameserver") && words.next() == Some(address)
+        })
+    };
+    if asks("127.0.0.53") {
+        return format!(
+            "as root, `resolvectl dns {bridge} {server}; resolvectl domain {bridge} '~vm'`; it lasts until the bridge goes"
+        );
+    }
+    format!(
+        "`nameserver {server}` as the first such line of /etc/resolv.conf, which leaves all other names to the next; or have \
+         your resolver ask it for `vm` (dnsmasq: `server=/vm/{server}`)"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::line;
+
+    #[test]
+    fn each_state_says_what_to_do() {
+        let server: IpAddr = "10.77.0.1".parse().unwrap();
+        let state = |failures: &[&str], resolvers: &[&str]| NameServer {
+            listens: vec![server],
+            failures: failures.iter().map(|&f| f.to_owned()).collect(),
+            resolvers: resolvers.iter().map(|r| r.parse().unwrap()).collect(),
+        };
+        let lines = [
+            line(&guests(&state(&[], &["127.0.0.53:53"]))),
+            line(&guests(&state(&[], &[]))),
+            line(&guests(&state(&["cannot listen at 10.77.0.1:53: Address already in use"], &[]))),
+            line(&host("bothy0", server, Ok(vec![server]))),
+            todo("search x\nnameserver 127.0.0.53\n", "bothy0", server),
+            todo("# nameserver 127.0.0.53\nnameserver 192.0.2.1\n", "bothy0", server),
+        ];
+        insta::assert_snapshot!(lines.join("\n"), @r"
+        ok    guests' names    answered at 10.77.0.1, others by 127.0.0.53:53
+        warn  guests' names    answered at 10.77.0.1, but for none outside: no resolver is named
+                               -> name one in /etc/resolv.conf
+        fail  guests' names    cannot listen at 10.77.0.1:53: Address already in use
+                               -> stop what listens there, or have it leave the bridge alone (dnsmasq: `bind-interfaces`); it is tried again by itself
+        ok    names here       this host resolves `<machine>.vm`
+        as root, `resolvectl dns bothy0 10.77.0.1; resolvectl domain bothy0 '~vm'`; it lasts until the bridge goes
+        `nameserver 10.77.0.1` as the first such line of /etc/resolv.conf, which leaves all other names to the next; or have your resolver ask it for `vm` (dnsmasq: `server=/vm/10.77.0.1`)
+        ");
+    }
+
+    #[test]
+    fn another_answer_is_no_answer() {
+        let server = "10.77.0.1".parse().unwrap();
+        for found in [Err("Name or service not known".to_owned()), Ok(vec!["192.0.2.1".parse().unwrap()])] {
+            let check = host("bothy0", server, found);
+            assert!(check.verdict == Verdict::Warn && check.todo.is_some(), "{}", check.found);
+        }
+    }
+}
