@@ -2,7 +2,7 @@
 
 use bothy_bus::Client;
 use bothy_config::Config;
-use bothy_contract::{Error, Service};
+use bothy_contract::{Error, Service, methods::VmTouch, vm::VmRef};
 use bothy_net_agent::{dns::server::Dns, network::Network, service};
 use clap::Parser;
 use std::{path::PathBuf, process::ExitCode};
@@ -27,5 +27,17 @@ async fn run(args: Args, stop: CancellationToken) -> Result<(), Error> {
     let network = Network::start(&config).await?;
     let dns = Dns::start(network.clone(), config.net.resolv_conf.clone()).await;
     let client = Client::connect(&config, Service::Net).await?;
+    tokio::spawn(tell_of_unreached(client.clone(), network.clone()));
     service::run(client, network, dns, stop, bothy_daemon::ready).await
+}
+
+/// Tells the vm-agent of guests that somebody waits for: one that rests goes on then.
+async fn tell_of_unreached(bus: Client, network: Network) {
+    let Some(mut unreached) = network.unreached() else { return };
+    while let Some(guest) = unreached.recv().await {
+        let Some(vm) = network.vm_at(guest) else { continue };
+        if let Err(error) = bus.call::<VmTouch>(&VmRef { vm }).await {
+            tracing::debug!(bothy.vm.id = %vm, %error, "a guest that somebody waits for stays as it is");
+        }
+    }
 }

@@ -15,8 +15,8 @@ pub mod upkeep;
 
 use crate::leases::Held;
 use crate::{
-    devices::Devices, dns::zone::Zone, firewall::Firewall, forwarding, forwarding6, leases::Leases, link::Links, plan::Plan,
-    publish::Publisher, slots::Slots,
+    devices::Devices, dns::zone::Zone, firewall::Firewall, forwarding, forwarding6, leases::Leases,
+    link::Links, plan::Plan, publish::Publisher, slots::Slots,
 };
 use bothy_config::Config;
 use bothy_contract::{
@@ -28,6 +28,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     future::Future,
     hash::{DefaultHasher, Hash, Hasher},
+    net::IpAddr,
     os::unix::fs::DirBuilderExt,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -35,7 +36,7 @@ use std::{
     },
     time::Duration,
 };
-use tokio::sync::{Mutex as AsyncMutex, Notify, RwLock};
+use tokio::sync::{Mutex as AsyncMutex, Notify, RwLock, mpsc};
 
 /// How often the kernel is compared with what should be there. Somebody who deletes the bridge is repaired within it.
 const CHECK_EVERY: Duration = Duration::from_secs(5);
@@ -163,6 +164,18 @@ impl Network {
     /// The name that `vm` is known by; none for none.
     pub async fn set_name(&self, vm: VmId, name: Option<VmName>) -> Result<(), Error> {
         self.whole(move |net| async move { net.0.set_name(vm, name).await }).await
+    }
+
+    /// The guests that somebody waits for at a published port, each time one does not accept at once: it may be at rest. For
+    /// whoever asks first.
+    pub fn unreached(&self) -> Option<mpsc::Receiver<IpAddr>> {
+        self.0.publisher.unreached()
+    }
+
+    /// The VM whose guest has that address.
+    pub fn vm_at(&self, guest: IpAddr) -> Option<VmId> {
+        let slot = self.0.plan.slot_of(guest)?;
+        self.locked_vms().iter().find(|(_, held)| held.slot == slot).map(|(vm, _)| *vm)
     }
 
     /// All leases, by slot.

@@ -18,19 +18,34 @@ use std::{
 };
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::Semaphore,
+    sync::{Semaphore, mpsc},
     task::{AbortHandle, JoinSet},
 };
 
 /// Connections that one port carries at once; more wait in the kernel's queue.
 const MAX_CONNECTIONS: usize = 1024;
 
-/// How long a guest may take to accept.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a guest may take to accept: one that rests may have to be brought back.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long until it is taken to rest. A guest that runs accepts, or refuses, in much less.
+const AT_ONCE: Duration = Duration::from_millis(200);
+/// Guests that are waited for and nobody has been told of yet; more are told of with their next connection.
+const MAX_WAITING: usize = 64;
 
 /// The listening sockets of all slots.
-#[derive(Debug, Default)]
-pub struct Publisher(Mutex<BTreeMap<u32, Vec<Open>>>);
+#[derive(Debug)]
+pub struct Publisher {
+    open: Mutex<BTreeMap<u32, Vec<Open>>>,
+    unreached: mpsc::Sender<IpAddr>,
+    told: Mutex<Option<mpsc::Receiver<IpAddr>>>,
+}
+
+impl Default for Publisher {
+    fn default() -> Self {
+        let (unreached, told) = mpsc::channel(MAX_WAITING);
+        Self { open: Mutex::default(), unreached, told: Mutex::new(Some(told)) }
+    }
+}
 
 #[derive(Debug)]
 struct Open {
@@ -54,7 +69,7 @@ impl Publisher {
     /// contradicts itself.
     pub fn set(&self, slot: u32, guest: IpAddr, ports: &[Publish]) -> Result<(), Error> {
         Publish::check(ports)?;
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         let holder = |listen: SocketAddr| {
             let holds = |open: &Open| overlap(open.publish.listen, listen);
             all.iter().find(|(_, opens)| opens.iter().any(holds)).map(|(holder, _)| *holder)
@@ -81,7 +96,8 @@ impl Publisher {
                     Some(opens.swap_remove(at))
                 });
                 kept.unwrap_or_else(|| {
-                    let task = tokio::spawn(serve(Arc::clone(&listener), to)).abort_handle();
+                    let serving = serve(Arc::clone(&listener), to, self.unreached.clone());
+                    let task = tokio::spawn(serving).abort_handle();
                     Open { publish, listener, task }
                 })
             })
@@ -94,16 +110,21 @@ impl Publisher {
         Ok(())
     }
 
+    /// The guests that somebody waits for, each time one does not accept at once; for whoever asks first.
+    pub fn unreached(&self) -> Option<mpsc::Receiver<IpAddr>> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
     /// Publishes nothing of that slot any more.
     pub fn clear(&self, slot: u32) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&slot);
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&slot);
     }
 
     /// Publishes those of `ports` that can be, where others took them while no agent ran; gives back the rest with the
     /// reasons.
     pub fn restore(&self, slot: u32, guest: IpAddr, ports: &[Publish]) -> Vec<Error> {
         let mut open: Vec<Publish> = {
-            let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let all = self.open.lock().unwrap_or_else(PoisonError::into_inner);
             all.get(&slot).into_iter().flatten().map(|open| open.publish).collect()
         };
         let mut failures = Vec::new();
@@ -151,7 +172,7 @@ fn refused(at: SocketAddr, holder: Option<u32>, error: &io::Error) -> Error {
     }
 }
 
-async fn serve(listener: Arc<TcpListener>, to: SocketAddr) {
+async fn serve(listener: Arc<TcpListener>, to: SocketAddr, unreached: mpsc::Sender<IpAddr>) {
     let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     // Aborted with this task, so that no connection outlives its port.
     let mut connections = JoinSet::new();
@@ -159,8 +180,9 @@ async fn serve(listener: Arc<TcpListener>, to: SocketAddr) {
         let Ok(permit) = Arc::clone(&room).acquire_owned().await else { return };
         match listener.accept().await {
             Ok((client, _)) => {
+                let unreached = unreached.clone();
                 connections.spawn(async move {
-                    carry(client, to).await;
+                    carry(client, to, &unreached).await;
                     drop(permit);
                 });
             }
@@ -174,8 +196,20 @@ async fn serve(listener: Arc<TcpListener>, to: SocketAddr) {
     }
 }
 
-async fn carry(mut client: TcpStream, to: SocketAddr) {
-    let connected = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(to)).await;
+async fn carry(mut client: TcpStream, to: SocketAddr, unreached: &mpsc::Sender<IpAddr>) {
+    let connect = async {
+        let connect = TcpStream::connect(to);
+        tokio::pin!(connect);
+        match tokio::time::timeout(AT_ONCE, &mut connect).await {
+            Ok(connected) => connected,
+            Err(_) => {
+                // The kernel asks the guest again every second or so; meanwhile the client's words wait here.
+                let _ = unreached.try_send(to.ip());
+                connect.await
+            }
+        }
+    };
+    let connected = tokio::time::timeout(CONNECT_TIMEOUT, connect).await;
     match connected {
         Ok(Ok(mut guest)) => {
             // As if there were one connection: what one side writes goes on at once.

@@ -109,6 +109,7 @@ pub(crate) async fn open_channel(
     if ask.port == 0 {
         return Err(Error::invalid("0 is not a port of a guest"));
     }
+    agent.wake(ask.vm).await?;
     holder(agent, ask.vm).await?;
     Ok(tickets.issue((agent.clone(), Stream::Channel { vm: ask.vm, port: ask.port }), DEFAULT_TTL))
 }

@@ -20,11 +20,12 @@ use bothy_contract::{
     Error, RequestId, VmId, VmName,
     methods::{
         VmChannelOpen, VmCreate, VmDelete, VmHostShow, VmKill, VmListAll, VmLogOpen, VmOpCancel, VmOpList,
-        VmOpShow, VmPortsList, VmRestart, VmSet, VmShow, VmStart, VmStatsShow, VmStop, VmTemplateList,
-        VmTemplateMake,
+        VmOpShow, VmPause, VmPortsList, VmRestart, VmResume, VmSet, VmShow, VmStart, VmStatsShow, VmStop,
+        VmSuspend, VmTemplateList, VmTemplateMake, VmTouch,
     },
+    net::Done,
     op::Begun,
-    vm::{CreateVm, VmHost, VmList},
+    vm::{CreateVm, VmHost, VmList, VmState},
 };
 use bothy_ops::Ops;
 use tokio_util::sync::CancellationToken;
@@ -82,6 +83,12 @@ pub(crate) async fn run(
         .serve::<VmKill, _, _>(on!(|s, cx, ask| {
             s.begin(cx, ask.vm, Ask::Kill(kill_input(ask.signal)?)).await
         }))
+        .serve::<VmPause, _, _>(on!(|s, cx, ask| s.begin(cx, ask.vm, Ask::Pause).await))
+        .serve::<VmSuspend, _, _>(on!(|s, cx, ask| s.begin(cx, ask.vm, Ask::Suspend).await))
+        .serve::<VmResume, _, _>(on!(|s, cx, ask| {
+            s.begin(cx, ask.vm, Ask::Resume { force: ask.force }).await
+        }))
+        .serve::<VmTouch, _, _>(on!(|s, _cx, ask| s.touch(ask.vm).await))
         .serve::<VmSet, _, _>(on!(|s, cx, ask| s.begin(cx, ask.vm, Ask::Set(ask.into())).await))
         .serve::<VmDelete, _, _>(on!(|s, cx, ask| {
             s.begin(cx, ask.vm, Ask::Delete { force: ask.force }).await
@@ -113,6 +120,7 @@ pub(crate) async fn run(
 impl Service {
     async fn create(&self, cx: Context, ask: CreateVm) -> Result<Begun, Error> {
         ask.spec.shape.check()?;
+        ask.spec.idle.map_or(Ok(()), |idle| idle.check())?;
         let vm = VmId::new();
         let name = match &ask.spec.name {
             Some(name) => name.clone(),
@@ -122,6 +130,7 @@ impl Service {
         let facts = Facts {
             egress: spec.reaches(),
             publish: spec.publish.clone(),
+            idle: spec.idle,
             ..Facts::new(vm, name.clone(), owner, spec.image.clone(), spec.shape.clone())
         };
         let (asked_mib, machine_id) = (spec.shape.memory_mib, facts.machine_id.clone());
@@ -143,6 +152,15 @@ impl Service {
             self.agent.machines.start(&self.agent, &self.ops, vm);
         }
         Ok(begun.into())
+    }
+
+    /// Has a VM that rests go on, while whoever reaches for it waits at its network.
+    async fn touch(&self, vm: VmId) -> Result<Done, Error> {
+        let row = self.agent.vm(vm).await?;
+        if matches!(row.facts.state, VmState::Paused | VmState::Suspended) && row.facts.busy.is_none() {
+            self.agent.machines.begin(vm, Ask::Resume { force: false }, None).await?;
+        }
+        Ok(Done {})
     }
 
     /// Begins an operation on a VM that is there.

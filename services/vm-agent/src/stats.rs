@@ -6,6 +6,7 @@ use bothy_contract::{
     image::{DiskUsage, GetDiskUsage},
     methods::ImageDisksUsage,
     usage::{GetVmStats, PortList, VmStats, VmStatsList},
+    vm::VmState,
 };
 use bothy_vm_agent::host::usage::{self, ProcessUsage, Traffic};
 use std::{
@@ -67,6 +68,9 @@ async fn one(
         if let Some(traffic) = traffic.get(&live.place.lease.tap) {
             stats.received_bytes = Some(traffic.received);
             stats.sent_bytes = Some(traffic.sent);
+        }
+        if row.facts.state == VmState::Paused {
+            return Some(stats);
         }
         let guest = live.guest(&agent.config, vm);
         match timeout(GUEST, guest.metrics()).await {

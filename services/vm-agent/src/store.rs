@@ -7,7 +7,7 @@ use crate::phase::{Phase, Placed, Vmm};
 use bothy_contract::{
     Code, Error, ImageName, OpId, VmId, VmName,
     net::{Egress, Lease, Publish},
-    vm::{ExitRecord, Shape, VmRecord, VmState},
+    vm::{ExitRecord, Idle, Shape, VmRecord, VmState},
 };
 use bothy_db::{
     Error as DbError,
@@ -56,9 +56,26 @@ pub(crate) struct Facts {
     pub(crate) busy: Option<OpId>,
     pub(crate) last_exit: Option<ExitRecord>,
     pub(crate) started: Option<Timestamp>,
+    /// What happens when nobody uses it, where that was said.
+    #[serde(default)]
+    pub(crate) idle: Option<Idle>,
+    /// Its memory on disk, where it is suspended.
+    #[serde(default)]
+    pub(crate) asleep: Option<Asleep>,
     /// The key of the template that it is to become: then it is nobody's VM, and no list shows it.
     #[serde(default)]
     pub(crate) template: Option<String>,
+}
+
+/// A guest's memory on disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Asleep {
+    /// The shape that the guest has, whatever its VM is to have at its next boot.
+    pub(crate) shape: Shape,
+    /// The VMM that it was saved by.
+    pub(crate) vmm: String,
+    /// What it takes, in bytes.
+    pub(crate) bytes: u64,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -86,6 +103,8 @@ impl Facts {
             busy: None,
             last_exit: None,
             started: None,
+            idle: None,
+            asleep: None,
             template: None,
         }
     }
@@ -110,6 +129,7 @@ impl Vm {
             nat: f.egress == Egress::Open,
             egress: f.egress,
             publish: f.publish,
+            idle: f.idle,
             lease: self.phase.placed().map(|placed| placed.lease.clone()),
             booted: vmm.as_ref().map(|vmm| vmm.booted.clone()),
             vmm_pid: vmm.as_ref().map(|vmm| vmm.handle.vmm.pid),

@@ -4,11 +4,14 @@
 //! that a method does not name as a caller is refused by the server itself.
 
 use crate::{
-    catalogue::{PruneImages, Pruned, VerifyImages},
+    catalogue::{
+        ImportKernel, KernelInfo, KernelList, KernelRef, ListKernels, PromoteImage, PruneImages, Pruned,
+        RegisterImage, VerifyImages,
+    },
     image::{
-        BootSet, BuildImage, DiskList, DiskUsageList, ForgetTemplate, FreezeDisks, FrozenDisks, FrozenList, GetDiskUsage,
-        GrowDisks, ImageList, ImageManifest, ImageRef, ListDisks, ListFrozen, ListImages, PrepareRootfs,
-        PrepareWorkDisk, ReleaseDisks, Rootfs, WorkDisk,
+        BootSet, BuildImage, DiskList, DiskUsageList, ForgetTemplate, FreezeDisks, FrozenDisks, FrozenList,
+        GetDiskUsage, GrowDisks, ImageList, ImageManifest, ImageRef, ListDisks, ListFrozen, ListImages,
+        PrepareRootfs, PrepareWorkDisk, ReleaseDisks, Rootfs, WorkDisk,
     },
     net::{
         AcquireLease, Done, EgressReport, GetEgress, GetNetHost, Lease, LeaseList, ListLeases, NameVm,
@@ -18,7 +21,8 @@ use crate::{
     usage::{GetVmStats, PortList, VmStatsList},
     vm::{
         CreateVm, DeleteVm, GetVmHost, KillVm, ListTemplates, ListVms, MakeTemplate, OpenChannel, OpenLog,
-        RestartVm, SetVm, StartVm, StopVm, TemplateList, TemplateMade, Ticket, VmHost, VmList, VmRecord, VmRef,
+        PauseVm, RestartVm, ResumeVm, SetVm, StartVm, StopVm, SuspendVm, TemplateList, TemplateMade, Ticket,
+        VmHost, VmList, VmRecord, VmRef,
     },
     workspace::{GetWorkspaceHost, OpenExport, OpenImport, SyncIdentity, WorkspaceHost},
 };
@@ -180,6 +184,18 @@ methods! {
     ImageRemove = Image.image.remove(ImageRef) -> Pruned, changes, by [Gateway], within 60 s;
     /// Removes what nothing needs.
     ImagePrune = Image.image.prune(PruneImages) -> Pruned, changes, by [Gateway], within 60 s;
+    /// Begins to register a root file system of the host as an image.
+    ImageRegister = Image.image.register(RegisterImage) -> Begun, changes, by [Gateway], within 10 s;
+    /// Begins to make a registered image's files the image-agent's own.
+    ImagePromote = Image.image.promote(PromoteImage) -> Begun, changes, by [Gateway], within 10 s;
+    /// Lists the kernels.
+    KernelListAll = Image.kernel.list(ListKernels) -> KernelList, reads, by [Gateway], within 5 s;
+    /// Shows one kernel.
+    KernelShow = Image.kernel.show(KernelRef) -> KernelInfo, reads, by [Gateway], within 5 s;
+    /// Begins to import a kernel.
+    KernelImport = Image.kernel.import(ImportKernel) -> Begun, changes, by [Gateway], within 10 s;
+    /// Removes a kernel that no image boots.
+    KernelRemove = Image.kernel.remove(KernelRef) -> Pruned, changes, by [Gateway], within 30 s;
     /// Makes a VM's rootfs ready.
     ImageRootfsPrepare = Image.rootfs.prepare(PrepareRootfs) -> Rootfs, changes, by [Vm], within 60 s;
     /// Makes a VM's work disk ready.
@@ -217,6 +233,14 @@ methods! {
     VmRestart = Vm.vm.restart(RestartVm) -> Begun, changes, by [Gateway], within 10 s;
     /// Begins a kill.
     VmKill = Vm.vm.kill(KillVm) -> Begun, changes, by [Gateway], within 10 s;
+    /// Begins a pause.
+    VmPause = Vm.vm.pause(PauseVm) -> Begun, changes, by [Gateway], within 10 s;
+    /// Begins a suspend.
+    VmSuspend = Vm.vm.suspend(SuspendVm) -> Begun, changes, by [Gateway], within 10 s;
+    /// Begins to let a paused or suspended VM go on.
+    VmResume = Vm.vm.resume(ResumeVm) -> Begun, changes, by [Gateway], within 10 s;
+    /// Somebody is about to use a VM: one that is paused or suspended begins to go on.
+    VmTouch = Vm.vm.touch(VmRef) -> Done, changes, by [Net], within 10 s;
     /// Begins a change of a VM.
     VmSet = Vm.vm.set(SetVm) -> Begun, changes, by [Gateway], within 10 s;
     /// How much some VMs use.
@@ -228,7 +252,7 @@ methods! {
     /// Shows one VM.
     VmShow = Vm.vm.show(VmRef) -> VmRecord, reads, by [Gateway, Workspace], within 5 s;
     /// Opens a stream to a port of a guest.
-    VmChannelOpen = Vm.channel.open(OpenChannel) -> Ticket, reads, by [Gateway, Workspace], within 5 s;
+    VmChannelOpen = Vm.channel.open(OpenChannel) -> Ticket, reads, by [Gateway, Workspace], within 75 s;
     /// Opens a VM's log.
     VmLogOpen = Vm.log.open(OpenLog) -> Ticket, reads, by [Gateway], within 5 s;
     /// What the host can do.

@@ -72,6 +72,49 @@ pub struct VmSpec {
     /// The user's public identity, put into the guest once its agent answers.
     #[serde(default)]
     pub identity: Identity,
+    /// What happens to it when nobody uses it; what the host does otherwise, where nothing is said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub idle: Option<Idle>,
+}
+
+/// What happens to a VM that nobody uses. Used is: an exec, a shell, ssh, an import or export, or traffic on its network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Idle {
+    /// What is done.
+    pub action: IdleAction,
+    /// After how many seconds without use.
+    pub after_s: u64,
+}
+
+/// What is done to a VM that nobody uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum IdleAction {
+    /// Nothing, whatever the host would do.
+    Never,
+    /// Its guest stands still, until the next use.
+    Pause,
+    /// Its memory goes to disk, until the next use.
+    Suspend,
+    /// It is powered off.
+    Stop,
+}
+
+impl Idle {
+    /// The shortest time without use that a policy may name, in seconds.
+    pub const LEAST_S: u64 = 10;
+
+    /// Checks the time.
+    ///
+    /// # Errors
+    /// It is too short to be meant.
+    pub fn check(&self) -> Result<(), Error> {
+        if self.action != IdleAction::Never && self.after_s < Self::LEAST_S {
+            return Err(Error::invalid(format!("{} s without use is too short", self.after_s))
+                .hint(format!("give at least {}s", Self::LEAST_S)));
+        }
+        Ok(())
+    }
 }
 
 impl VmSpec {
@@ -168,6 +211,10 @@ pub enum VmState {
     Starting,
     /// Its guest was ready and its VMM lives.
     Running,
+    /// Its guest stands still, its memory is kept; the next use lets it go on.
+    Paused,
+    /// Its guest's memory is on disk and no VMM lives; the next use brings it back.
+    Suspended,
     /// Its stop is running.
     Stopping,
     /// No VMM; disks and lease are kept.
@@ -208,6 +255,9 @@ pub struct VmRecord {
     /// Ports of the guest that the host answers for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub publish: Vec<Publish>,
+    /// What happens when nobody uses it, where that was said for this VM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub idle: Option<Idle>,
     /// Its place on the network, once it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<Lease>,
@@ -245,6 +295,7 @@ impl VmRecord {
             nat: false,
             egress: Egress::None,
             publish: Vec::new(),
+            idle: None,
             lease: None,
             vmm: None,
             vmm_pid: None,
@@ -319,6 +370,30 @@ pub struct RestartVm {
     pub identity: Identity,
 }
 
+/// Begins a pause: the guest stands still, its memory stays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PauseVm {
+    /// The VM.
+    pub vm: VmId,
+}
+
+/// Begins a suspend: the guest's memory goes to disk, the host's is free.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SuspendVm {
+    /// The VM.
+    pub vm: VmId,
+}
+
+/// Begins to let a paused or suspended VM go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResumeVm {
+    /// The VM.
+    pub vm: VmId,
+    /// Bring a suspended one back even if the host's memory does not hold it.
+    #[serde(default)]
+    pub force: bool,
+}
+
 /// Begins a kill: the VMM gets a signal that ends it, and the guest is not asked.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KillVm {
@@ -356,6 +431,9 @@ pub struct SetVm {
     /// All ports of the guest that the host answers for; at once.
     #[serde(default)]
     pub publish: Option<Vec<Publish>>,
+    /// What happens when nobody uses it; at once.
+    #[serde(default)]
+    pub idle: Option<Idle>,
 }
 
 /// Asks for all VMs.

@@ -2,12 +2,17 @@
 
 use super::{
     boot::BootInput,
-    kinds::{DELETE, KILL, RESTART, SET, START, STOP},
+    kinds::{DELETE, KILL, PAUSE, RESTART, RESUME, SET, START, STOP, SUSPEND},
     set::{self, Change},
     state::{self, Wish},
 };
 use crate::store::{self, Vm};
-use bothy_contract::{Error, OpId, net::Egress, vm::VmSpec, workspace::Identity};
+use bothy_contract::{
+    Error, OpId,
+    net::Egress,
+    vm::{VmSpec, VmState},
+    workspace::Identity,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -34,6 +39,15 @@ pub(crate) enum Ask {
     Kill(KillInput),
     /// Changes it.
     Set(Change),
+    /// Has its guest stand still.
+    Pause,
+    /// Puts its guest's memory on disk.
+    Suspend,
+    /// Has it go on from either.
+    Resume {
+        /// Even if the host's memory does not hold it.
+        force: bool,
+    },
     /// Removes it.
     Delete {
         /// Even while it runs.
@@ -67,7 +81,25 @@ pub(crate) struct RestartInput {
     pub(crate) boot: BootInput,
 }
 
+/// What a resume is made from.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum ResumeInput {
+    /// The VMM is there.
+    Paused,
+    /// It has to be started, as it was when the memory was saved.
+    Suspended(Box<BootInput>),
+}
+
 impl Ask {
+    /// The same, asked of `vm` as it is: one that rests is not started, it goes on.
+    pub(crate) fn of(self, vm: &Vm) -> Self {
+        match (self, vm.facts.state) {
+            (Ask::Start { force, .. }, VmState::Paused | VmState::Suspended) => Ask::Resume { force },
+            (ask, _) => ask,
+        }
+    }
+
     /// The kind of its operation.
     pub(crate) fn kind(&self) -> &'static str {
         match self {
@@ -76,6 +108,9 @@ impl Ask {
             Ask::Stop(_) => STOP,
             Ask::Kill(_) => KILL,
             Ask::Set(_) => SET,
+            Ask::Pause => PAUSE,
+            Ask::Suspend => SUSPEND,
+            Ask::Resume { .. } => RESUME,
             Ask::Delete { .. } => DELETE,
         }
     }
@@ -87,6 +122,9 @@ impl Ask {
             Ask::Stop(_) => Wish::Stop,
             Ask::Kill(_) => Wish::Kill,
             Ask::Set(_) => Wish::Set,
+            Ask::Pause => Wish::Pause,
+            Ask::Suspend => Wish::Suspend,
+            Ask::Resume { .. } => Wish::Resume,
             Ask::Delete { force } => Wish::Delete { force },
         }
     }
@@ -101,7 +139,8 @@ impl Ask {
             Ask::Stop(stop) => serde_json::to_value(stop),
             Ask::Kill(kill) => serde_json::to_value(kill),
             Ask::Set(change) => serde_json::to_value(change),
-            Ask::Delete { .. } => Ok(Value::Null),
+            Ask::Resume { .. } => serde_json::to_value(resume_input(vm)),
+            Ask::Pause | Ask::Suspend | Ask::Delete { .. } => Ok(Value::Null),
         };
         kept.map_err(|e| Error::internal("cannot keep the request", &e))
     }
@@ -121,6 +160,17 @@ impl Ask {
     }
 }
 
+fn resume_input(vm: &Vm) -> ResumeInput {
+    match &vm.facts.asleep {
+        None => ResumeInput::Paused,
+        Some(asleep) => {
+            let mut boot = boot_input(vm, &Identity::default());
+            boot.spec.shape = asleep.shape.clone();
+            ResumeInput::Suspended(Box::new(boot))
+        }
+    }
+}
+
 fn boot_input(vm: &Vm, identity: &Identity) -> BootInput {
     let facts = vm.facts.clone();
     let spec = VmSpec {
@@ -131,6 +181,7 @@ fn boot_input(vm: &Vm, identity: &Identity) -> BootInput {
         egress: Some(facts.egress),
         publish: facts.publish,
         identity: identity.clone(),
+        idle: facts.idle,
     };
     BootInput { name: facts.name, spec, machine_id: facts.machine_id, cold: false }
 }

@@ -48,6 +48,8 @@ async fn shut_down(agent: Agent, cx: StageCx, vm: VmId, grace: Duration) -> Resu
         cx.note("it had ended by itself");
         return Ok(Some(0));
     };
+    // One that was paused cannot hear it. Doing this to one that runs does nothing.
+    perform(&agent, vm, &live, |driver| driver.resume()).await;
     let begun = Instant::now();
     let left = || {
         let left = grace.saturating_sub(begun.elapsed());
@@ -109,7 +111,7 @@ async fn note_end(agent: &Agent, vm: VmId) -> Result<(), Error> {
 }
 
 /// An error where the VMM of `vm` lives.
-async fn dead(agent: &Agent, vm: VmId) -> Result<(), Error> {
+pub(super) async fn dead(agent: &Agent, vm: VmId) -> Result<(), Error> {
     let Some(live) = agent.living(vm).await? else { return Ok(()) };
     let process = format!(
         "process {} of the VMM does not end {} s after it was killed",
@@ -135,7 +137,7 @@ pub(crate) fn add_kill(g: &mut Graph, agent: &Agent, vm: VmId, KillInput { signa
         if live.vmm.handle.vmm.is_alive() { sent } else { Ok(()) }
     });
     let a = agent.clone();
-    g.stage("wait_exit", sent, move |_, ()| async move {
+    let ended = g.stage("wait_exit", sent, move |_, ()| async move {
         let Some(live) = a.living(vm).await? else { return note_end(&a, vm).await };
         if a.await_end(vm, live.vmm.handle, QUIT).await? {
             return Ok(());
@@ -144,6 +146,8 @@ pub(crate) fn add_kill(g: &mut Graph, agent: &Agent, vm: VmId, KillInput { signa
         let ignored = format!("the VMM of {name} lives {} s after signal {signal}", QUIT.as_secs());
         Err(Error::new(Code::DeadlineExceeded, ignored).hint(format!("`bothy vm kill {name}` sends SIGKILL")))
     });
+    let a = agent.clone();
+    g.stage("forget_memory", ended, move |_, ()| async move { a.forget_memory(vm).await });
 }
 
 /// Adds the stages of a delete to `g`: nothing of the VM is left.

@@ -1,8 +1,10 @@
-//! The agent's own files of a VM, `<state>/vm-agent/vm/<id>/`, mode 0700: the guest's ssh host key. It is made on the
+//! The agent's own files of a VM, `<state>/vm-agent/vm/<id>/`, mode 0700: the guest's ssh host key, and its memory while it is
+//! suspended. The key is made on the
 //! host, where that takes milliseconds (an emulated guest needs more than a second), and kept, so that the guest is known
 //! by the same key after every start.
 
 use bothy_contract::{Code, Error, VmId};
+use bothy_vm_agent::vmm::Snapshot;
 use fs_err as fs;
 use std::{
     io,
@@ -70,6 +72,19 @@ pub(crate) fn host_key(state: &Path, vm: VmId) -> Result<HostKey, Error> {
     let key = dir(state, vm).join(KEY);
     let read = |path: &Path| fs::read(path).map_err(|e| Error::internal("cannot read a host key", &e));
     Ok(HostKey { private: read(&key)?, public: read(&key.with_extension("pub"))? })
+}
+
+/// Where the memory of a suspended VM is, whether it is there or not.
+pub(crate) fn asleep(state: &Path, vm: VmId) -> Snapshot {
+    let dir = dir(state, vm);
+    Snapshot { state: dir.join("suspended"), memory: dir.join("suspended-memory") }
+}
+
+/// Removes that.
+pub(crate) fn forget_asleep(state: &Path, vm: VmId) -> Result<(), Error> {
+    let Snapshot { state, memory } = asleep(state, vm);
+    remove(&state)?;
+    remove(&memory)
 }
 
 /// Removes all of the VM's files.

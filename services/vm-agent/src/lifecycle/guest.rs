@@ -12,7 +12,7 @@ use bothy_guest_proto::{
     CONTROL_PORT, GuestClient,
     v1::{
         File, GrowDisksRequest, HealthReply, HealthRequest, MetricsReply, MetricsRequest, Nic,
-        PersonaliseRequest, Port, PortsRequest, QuiesceRequest, ShutdownRequest, SyncRequest,
+        PersonaliseRequest, Port, PortsRequest, QuiesceRequest, ResumedRequest, ShutdownRequest, SyncRequest,
         TimelineRequest, WaitServiceRequest,
     },
 };
@@ -150,9 +150,6 @@ impl Guest {
         lease: &Lease,
         boot: &BootSet,
     ) -> Result<String, Error> {
-        let mut entropy = vec![0; ENTROPY];
-        getrandom::fill(&mut entropy).map_err(|e| Error::internal("no random bytes", &e))?;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let file = |path: &str, content, mode| File { path: path.to_owned(), content, mode };
         let request = PersonaliseRequest {
             hostname: identity.hostname.clone(),
@@ -167,8 +164,8 @@ impl Guest {
                 prefix6: lease.prefix6.unwrap_or_default().into(),
                 gateway6: lease.gateway6.map(|a| a.to_string()).unwrap_or_default(),
             }),
-            unix_time_us: u64::try_from(now.as_micros()).unwrap_or(u64::MAX),
-            entropy,
+            unix_time_us: unix_time_us(),
+            entropy: entropy()?,
             files: vec![
                 file("/etc/ssh/ssh_host_ed25519_key", identity.key.private.clone(), 0o600),
                 file("/etc/ssh/ssh_host_ed25519_key.pub", identity.key.public.clone(), 0o644),
@@ -182,6 +179,16 @@ impl Guest {
         let mut client = self.client().await?;
         let told = client.personalise(request).await.map_err(|s| fail("personalise", &s))?.into_inner();
         Ok(plain_id(&told.boot_id))
+    }
+
+    /// Tells a guest that goes on after a rest what it has missed. Its boot id, and how far its clock was behind.
+    pub(crate) async fn greet(&self) -> Result<(String, Duration), Error> {
+        self.first_answer().await;
+        let mut client = self.client().await?;
+        let ask = ResumedRequest { unix_time_us: unix_time_us(), entropy: entropy()? };
+        let told = client.resumed(ask).await.map_err(|s| fail("resumed", &s))?.into_inner();
+        let behind = Duration::from_micros(u64::try_from(told.clock_was_off_us).unwrap_or_default());
+        Ok((plain_id(&told.boot_id), behind))
     }
 
     /// Has the guest stand still so that it can be saved. What could not be made quiet, by its own word.
@@ -309,6 +316,19 @@ fn port(told: Port) -> Option<GuestPort> {
         port,
         process: (!process.is_empty()).then_some(process),
     })
+}
+
+/// The host's clock, for a guest's.
+fn unix_time_us() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// Random bytes for a guest's pool.
+fn entropy() -> Result<Vec<u8>, Error> {
+    let mut entropy = vec![0; ENTROPY];
+    getrandom::fill(&mut entropy).map_err(|e| Error::internal("no random bytes", &e))?;
+    Ok(entropy)
 }
 
 /// The boot id that a guest tells: whatever it is, it is short and plain.

@@ -1,9 +1,14 @@
-//! When a VM was last used, and whether that is so long ago that it is stopped (`vm.auto_stop_stale_after_s`). Used is a VM
+//! When a VM was last used, and whether that is so long ago that it is put to rest: by its own policy, else by the host's
+//! (`vm.auto_stop_stale_after_s`). Used is a VM
 //! to whose guest a stream is open (an exec, a shell, ssh, a workspace on its way), or whose TAP moves more than what a
 //! guest says by itself (ARP, neighbour discovery, a lost packet now and then).
 
 use super::Agent;
-use bothy_contract::VmId;
+use crate::store::Facts;
+use bothy_contract::{
+    VmId,
+    vm::{Idle, IdleAction},
+};
 use bothy_vm_agent::host::usage::{self, Traffic};
 use std::{
     collections::HashMap,
@@ -14,6 +19,8 @@ use tokio::time::{Instant, sleep};
 
 /// How often traffic is looked at, at the most and at the least.
 const LOOK: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(30));
+/// How often a paused VM's traffic is looked at.
+const TOUCH: Duration = Duration::from_millis(100);
 /// Bytes per second, over one look, that an unused guest does not reach.
 const NOISE: u64 = 512;
 
@@ -74,16 +81,38 @@ impl Drop for Stream {
     }
 }
 
-/// Returns, with the reason to stop it, once `vm` has been unused for as long as the host allows, counted from now; never
-/// where the host allows it for ever.
-pub(crate) async fn unused(agent: &Agent, vm: VmId, tap: &str) -> String {
-    let limit = Duration::from_secs(agent.config.vm.auto_stop_stale_after_s);
-    if limit.is_zero() {
+/// What is done with the VM of `facts` when nobody uses it, and why that: its own policy, else the host's.
+fn policy(facts: &Facts, host_s: u64) -> Option<(Idle, &'static str)> {
+    let policy = match facts.idle {
+        Some(own) => (own, "its idle policy"),
+        None => (Idle { action: IdleAction::Stop, after_s: host_s }, "`vm.auto_stop_stale_after_s`"),
+    };
+    Some(policy).filter(|(idle, _)| idle.action != IdleAction::Never && idle.after_s > 0)
+}
+
+/// Returns, with what is to be done and why, once the VM of `facts` has been unused for as long as its policy or the host
+/// allows, counted from now; never where that is for ever.
+pub(crate) async fn unused(agent: &Agent, facts: &Facts, tap: &str) -> (IdleAction, String) {
+    let Some((Idle { action, after_s }, whose)) = policy(facts, agent.config.vm.auto_stop_stale_after_s)
+    else {
         return std::future::pending().await;
+    };
+    agent.activity.touch(facts.id);
+    let traffic = || usage::traffic().get(tap).copied().unwrap_or_default();
+    wait(&agent.activity, facts.id, Duration::from_secs(after_s), traffic).await;
+    (action, format!("nobody used it for {after_s} s ({whose})"))
+}
+
+/// Returns once anything is sent to a guest by its TAP. A guest that stands still says nothing, and its neighbours' noise does
+/// not reach it: what comes is for it.
+pub(crate) async fn touched(tap: &str) {
+    let before = usage::traffic().get(tap).copied().unwrap_or_default().received;
+    loop {
+        sleep(TOUCH).await;
+        if usage::traffic().get(tap).is_some_and(|now| now.received > before) {
+            return;
+        }
     }
-    agent.activity.touch(vm);
-    wait(&agent.activity, vm, limit, || usage::traffic().get(tap).copied().unwrap_or_default()).await;
-    format!("nobody used it for {} s (`vm.auto_stop_stale_after_s`)", limit.as_secs())
 }
 
 async fn wait(activity: &Activity, vm: VmId, limit: Duration, traffic: impl Fn() -> Traffic) {

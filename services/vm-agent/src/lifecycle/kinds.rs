@@ -4,7 +4,7 @@ use super::{
     Agent,
     ask::{RestartInput, StopInput},
     boot::{self, BootInput, Mode},
-    end, set,
+    end, rest, set,
     template::{
         self, MAKE,
         make::{self, MakeInput},
@@ -29,6 +29,12 @@ pub(crate) const RESTART: &str = "vm.restart";
 pub(crate) const KILL: &str = "vm.kill";
 /// Changes one.
 pub(crate) const SET: &str = "vm.set";
+/// Has one stand still.
+pub(crate) const PAUSE: &str = "vm.pause";
+/// Puts the memory of one on disk.
+pub(crate) const SUSPEND: &str = "vm.suspend";
+/// Has one go on that rests.
+pub(crate) const RESUME: &str = "vm.resume";
 /// Removes one.
 pub(crate) const DELETE: &str = "vm.delete";
 
@@ -62,6 +68,9 @@ impl Kinds for VmKinds {
             }
             KILL => end::add_kill(&mut g, agent, vm, op.input()?),
             SET => set::add(&mut g, agent, vm, op.input()?),
+            PAUSE => rest::add_pause(&mut g, agent, vm),
+            SUSPEND => rest::add_suspend(&mut g, agent, vm),
+            RESUME => rest::add_resume(&mut g, agent, vm, op.input()?),
             DELETE => end::add_delete(&mut g, agent, vm),
             MAKE => make::add(&mut g, agent, vm, op.input::<MakeInput>()?),
             other => {
@@ -148,9 +157,12 @@ fn settled(vm: &mut Vm, op: &Op, end: &End) -> After {
             store::set_state(vm, VmState::Running, None);
         }
         // The VMM ended between the last stage and now, and its machine saw it.
-        (CREATE | START | RESTART, true) => {
+        (PAUSE, true) if live => store::set_state(vm, VmState::Paused, None),
+        (RESUME, true) if live => store::set_state(vm, VmState::Running, None),
+        (SUSPEND, true) => store::set_state(vm, VmState::Suspended, None),
+        (CREATE | START | RESTART | PAUSE | RESUME, true) => {
             let how = vm.facts.last_exit.as_ref().map_or("ended".to_owned(), super::state::how);
-            store::set_state(vm, VmState::Error, Some(format!("the VMM {how} as the VM became ready")));
+            store::set_state(vm, VmState::Error, Some(format!("the VMM {how} meanwhile")));
         }
         (CREATE, false) if !end.leftovers => return After::Gone,
         (CREATE, false) => {
@@ -172,6 +184,16 @@ fn settled(vm: &mut Vm, op: &Op, end: &End) -> After {
         (KILL, true) => store::set_state(vm, VmState::Stopped, None),
         (STOP | KILL, false) if live => {
             store::set_state(vm, VmState::Running, failed("its last stop failed"));
+        }
+        (PAUSE | SUSPEND, false) if live => {
+            store::set_state(vm, VmState::Running, failed("it could not be put to rest"));
+        }
+        (RESUME, false) if live => store::set_state(vm, VmState::Paused, failed("its last resume failed")),
+        (SUSPEND | RESUME, false) if vm.facts.asleep.is_some() => {
+            store::set_state(vm, VmState::Suspended, failed("its last resume failed"));
+        }
+        (PAUSE | SUSPEND | RESUME, false) => {
+            store::set_state(vm, VmState::Error, failed("what it had in memory is lost"));
         }
         (STOP | KILL, false) => store::set_state(vm, VmState::Stopped, failed("its stop failed")),
         (DELETE | MAKE, true) => return After::Gone,
@@ -241,7 +263,9 @@ mod tests {
     #[test]
     fn every_end_of_every_operation_settles_the_row() {
         use OpState::{Cancelled, Failed, Succeeded};
-        use VmState::{Creating, Deleting, Error as Broken, Running, Starting, Stopped, Stopping};
+        use VmState::{
+            Creating, Deleting, Error as Broken, Paused, Running, Starting, Stopped, Stopping, Suspended,
+        };
         let cases = [
             (CREATE, Creating, true, Succeeded, false, Some(Running)),
             (CREATE, Creating, false, Succeeded, false, Some(Broken)),
@@ -261,6 +285,16 @@ mod tests {
             (STOP, Stopping, false, Failed, false, Some(Stopped)),
             (KILL, Stopping, false, Succeeded, false, Some(Stopped)),
             (KILL, Stopping, true, Failed, false, Some(Running)),
+            (PAUSE, Running, true, Succeeded, false, Some(Paused)),
+            (PAUSE, Running, false, Succeeded, false, Some(Broken)),
+            (PAUSE, Running, true, Failed, false, Some(Running)),
+            (PAUSE, Running, false, Failed, false, Some(Broken)),
+            (SUSPEND, Stopping, false, Succeeded, false, Some(Suspended)),
+            (SUSPEND, Stopping, true, Failed, false, Some(Running)),
+            (SUSPEND, Stopping, false, Failed, false, Some(Broken)),
+            (RESUME, Paused, true, Succeeded, false, Some(Running)),
+            (RESUME, Paused, true, Failed, false, Some(Paused)),
+            (RESUME, Starting, false, Failed, false, Some(Broken)),
             (SET, Stopped, false, Failed, false, Some(Stopped)),
             (SET, Running, true, Succeeded, false, Some(Running)),
             (DELETE, Deleting, false, Succeeded, false, None),
@@ -279,6 +313,18 @@ mod tests {
                 let told = kind != SET && (state != Succeeded || kind == STOP || to == Broken);
                 assert_eq!(row.facts.reason.is_some(), told, "{what}");
             }
+        }
+    }
+
+    #[test]
+    fn memory_that_is_on_disk_is_not_lost_by_a_failure() {
+        for (kind, from) in [(RESUME, VmState::Starting), (SUSPEND, VmState::Stopping)] {
+            let mut row = vm(from, false);
+            row.facts.asleep =
+                Some(crate::store::Asleep { shape: Shape::default(), vmm: "x".into(), bytes: 1 });
+            settled(&mut row, &op(kind), &end(OpState::Failed, false));
+            assert_eq!(row.facts.state, VmState::Suspended);
+            assert!(row.facts.reason.is_some());
         }
     }
 

@@ -1,6 +1,6 @@
 //! One task per VM, its **machine**: it takes what is asked of the VM from a bounded queue, one after the other, and is the
 //! only one that begins operations on it; it waits for the end of the VMM (a pidfd, so without polling) and notes it; it
-//! stops a VM that nobody has used for long. It keeps nothing of its own: before each step it reads the row.
+//! puts a VM to rest that nobody has used for long, and has a paused one go on that somebody reaches for. It keeps nothing of its own: before each step it reads the row.
 
 use super::{
     Agent,
@@ -9,7 +9,10 @@ use super::{
     idle,
 };
 use crate::store::{self, Vm};
-use bothy_contract::{Code, Error, OpId, RequestId, VmId, VmName, vm::VmState};
+use bothy_contract::{
+    Code, Error, OpId, RequestId, VmId, VmName,
+    vm::{IdleAction, VmState},
+};
 use bothy_ops::{Begun, New, Ops};
 use bothy_vm_agent::vmm::{holder::Holder, wire::HolderHandle};
 use std::{
@@ -133,7 +136,8 @@ impl Machine {
                     Some(Request::Look) => {}
                     None => break,
                 },
-                why = self.idle(&row) => self.stop_idle(&row, why).await,
+                (action, why) = self.idle(&row) => self.rest(&row, action, why).await,
+                () = self.touched(&row) => self.go_on(&row).await,
                 ended = gone(handle) => self.note_exit(&row, ended).await,
                 () = self.ended(row.facts.busy) => {}
                 boot_id = self.boot_id(&row) => self.note_boot_id(boot_id).await,
@@ -146,14 +150,15 @@ impl Machine {
 
     /// Begins an operation, if the row allows it at that moment.
     async fn begin(&self, row: &Vm, ask: Ask, request: Option<RequestId>) -> Result<Begun, Error> {
-        let (vm, facts) = (self.vm, &row.facts);
+        let (vm, facts, ask) = (self.vm, &row.facts, ask.of(row));
         let new = new(ask.kind(), vm, &facts.name, facts.owner, request, ask.input(row)?);
         let host = self.agent.clone();
         self.ops
             .begin(new, move |tx, op| {
                 // A restart of a running VM gives its memory back first.
                 let row = store::get(tx, vm)?;
-                if let Ask::Start { force: false, .. } | Ask::Restart { .. } = &ask
+                if let Ask::Start { force: false, .. } | Ask::Restart { .. } | Ask::Resume { force: false } =
+                    &ask
                     && row.phase.live().is_none()
                 {
                     host.admit(tx, vm, row.facts.shape.memory_mib)?;
@@ -163,21 +168,43 @@ impl Machine {
             .await
     }
 
-    /// Returns, with the reason to stop it, once nobody has used a running VM for as long as the host allows.
-    async fn idle(&self, row: &Vm) -> String {
+    /// Returns, with what is to be done and why, once nobody has used a running VM for as long as is allowed.
+    async fn idle(&self, row: &Vm) -> (IdleAction, String) {
         match (row.phase.live(), row.facts.state) {
             (Some(live), VmState::Running) if row.facts.busy.is_none() => {
-                idle::unused(&self.agent, self.vm, &live.place.lease.tap).await
+                idle::unused(&self.agent, &row.facts, &live.place.lease.tap).await
             }
             _ => std::future::pending().await,
         }
     }
 
-    async fn stop_idle(&self, row: &Vm, why: String) {
-        tracing::info!(why, "stopping a VM that nobody uses");
-        let ask = Ask::Stop(StopInput { grace_ms: IDLE_GRACE_MS, why: Some(why) });
+    async fn rest(&self, row: &Vm, action: IdleAction, why: String) {
+        tracing::info!(?action, why, "nobody uses a VM");
+        let ask = match action {
+            IdleAction::Never => return,
+            IdleAction::Pause => Ask::Pause,
+            IdleAction::Suspend => Ask::Suspend,
+            IdleAction::Stop => Ask::Stop(StopInput { grace_ms: IDLE_GRACE_MS, why: Some(why) }),
+        };
         if let Err(error) = self.begin(row, ask, None).await {
-            tracing::warn!(%error, "cannot stop a VM that nobody uses");
+            tracing::warn!(?action, %error, "a VM that nobody uses stays as it is");
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    /// Returns once something comes for a paused VM by its network.
+    async fn touched(&self, row: &Vm) {
+        match (row.phase.live(), row.facts.state) {
+            (Some(live), VmState::Paused) if row.facts.busy.is_none() => {
+                idle::touched(&live.place.lease.tap).await;
+            }
+            _ => std::future::pending().await,
+        }
+    }
+
+    async fn go_on(&self, row: &Vm) {
+        if let Err(error) = self.begin(row, Ask::Resume { force: false }, None).await {
+            tracing::warn!(%error, "a VM does not go on");
             tokio::time::sleep(PAUSE).await;
         }
     }

@@ -15,7 +15,12 @@
 //!       |                             v        (start, restart, set, delete: as from Stopped;
 //!       '------ Deleting <--------- Error       a failed undo or delete also ends here)
 //!                  ^    delete
-//!                  '---------- Stopped, or Running with force
+//!                  '---------- Stopped or Suspended, or Running or Paused with force
+//!
+//!   Running -- pause --> Paused -- suspend --> (Stopping) --> Suspended      Paused: as Running to stop, kill, restart
+//!     ^  \_______________________ suspend ______^   |  |                     Suspended: kill forgets its memory (Stopped)
+//!     |<------------ resume, or a use of it --------'  |
+//!     '-- (Starting) <-- resume, or a use of it -------'
 //! ```
 //! Who moves what: each VM has a **machine** ([`machine`]), one task with a bounded queue. It alone begins operations on its
 //! VM, one at a time, if [`state::grant`] says so; it waits for the end of the VMM and notes it; and it stops a VM that nobody
@@ -37,6 +42,7 @@ pub(crate) mod kinds;
 mod launch;
 pub(crate) mod machine;
 mod recover;
+pub(crate) mod rest;
 pub(crate) mod set;
 mod stages;
 pub(crate) mod state;
@@ -55,6 +61,7 @@ use bothy_contract::{
     image::{BootSet, ImageRef},
     methods::{ImageResolve, NetNameUnset},
     net::UnnameVm,
+    vm::VmState,
 };
 use bothy_db::Db;
 use bothy_vm_agent::host::{cgroup::Cgroups, usage::Sampler};
@@ -214,11 +221,25 @@ impl Agent {
         Ok(self.vm(vm).await?.phase.live().filter(|live| live.vmm.handle.vmm.is_alive()).cloned())
     }
 
+    /// The VM with its VMM, whose guest's processors run.
+    ///
+    /// # Errors
+    /// It has none, or is paused.
+    pub(crate) async fn running(&self, vm: VmId) -> Result<Live, Error> {
+        let row = self.vm(vm).await?;
+        if let (VmState::Paused | VmState::Suspended, name) = (row.facts.state, &row.facts.name) {
+            let rests = format!("VM {name} is {}", state::word(row.facts.state));
+            return Err(Error::new(Code::FailedPrecondition, rests)
+                .hint(format!("`bothy vm resume {name}` lets it go on; so does any use of it")));
+        }
+        self.live(vm).await
+    }
+
     /// The VM with its VMM.
     ///
     /// # Errors
     /// It has none.
-    pub(crate) async fn running(&self, vm: VmId) -> Result<Live, Error> {
+    async fn live(&self, vm: VmId) -> Result<Live, Error> {
         let row = self.vm(vm).await?;
         row.phase.live().cloned().ok_or_else(|| {
             let name = &row.facts.name;

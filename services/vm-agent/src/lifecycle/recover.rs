@@ -82,7 +82,7 @@ async fn adopt(agent: &Agent, row: &Vm, found: Found) -> Result<(), Error> {
         .update(row.facts.id, move |row| {
             row.phase.launch(vmm)?;
             // Where an operation is at work, that decides.
-            if row.facts.busy.is_none() && row.facts.state != VmState::Running {
+            if row.facts.busy.is_none() && !matches!(row.facts.state, VmState::Running | VmState::Paused) {
                 store::set_state(row, VmState::Running, Some("it was found running".to_owned()));
             }
             Ok(())

@@ -18,7 +18,7 @@ use bothy_contract::{
     image::GrowDisks,
     methods::{ImageDisksGrow, NetEgressSet, NetPortsPublish},
     net::{Egress, Publish, PublishPorts, SetEgress},
-    vm::{SetVm, Shape},
+    vm::{Idle, SetVm, Shape},
 };
 use bothy_ops::Graph;
 use serde::{Deserialize, Serialize};
@@ -32,13 +32,15 @@ pub(crate) struct Change {
     system_mib: Option<u64>,
     egress: Option<Egress>,
     publish: Option<Vec<Publish>>,
+    #[serde(default)]
+    idle: Option<Idle>,
 }
 
 impl From<SetVm> for Change {
     fn from(ask: SetVm) -> Self {
-        let SetVm { vm: _, cpus, memory_mib, work_mib, system_mib, nat, egress, publish } = ask;
+        let SetVm { vm: _, cpus, memory_mib, work_mib, system_mib, nat, egress, publish, idle } = ask;
         let egress = egress.or(nat.map(|nat| if nat { Egress::Open } else { Egress::None }));
-        Self { cpus, memory_mib, work_mib, system_mib, egress, publish }
+        Self { cpus, memory_mib, work_mib, system_mib, egress, publish, idle }
     }
 }
 
@@ -65,9 +67,11 @@ impl Change {
 pub(crate) fn check(vm: &Vm, change: &Change) -> Result<(), Error> {
     let (name, shape) = (&vm.facts.name, &vm.facts.shape);
     if *change == Change::default() {
-        return Err(Error::invalid(format!("nothing of VM {name} is to be changed"))
-            .hint("name what: `--cpus`, `--memory`, `--disk`, `--system-disk`, `--egress` or `--publish`"));
+        return Err(Error::invalid(format!("nothing of VM {name} is to be changed")).hint(
+            "name what: `--cpus`, `--memory`, `--disk`, `--system-disk`, `--egress`, `--publish` or `--idle`",
+        ));
     }
+    change.idle.map_or(Ok(()), |idle| idle.check())?;
     let to = change.of(shape);
     to.check()?;
     for (what, has, wants) in
@@ -154,6 +158,7 @@ pub(crate) fn add(g: &mut Graph, agent: &Agent, vm: VmId, change: Change) {
         let waits = a
             .update(vm, move |row| {
                 row.facts.shape = change.of(&row.facts.shape);
+                row.facts.idle = change.idle.or(row.facts.idle);
                 let wants = &row.facts.shape;
                 Ok(row.phase.live().is_some_and(|live| {
                     let has = &live.vmm.booted;

@@ -13,6 +13,7 @@
 //!   they get a copy of it in memory ([`SealedMemory`]), one for all of them, which the kernel lets nobody write to.
 
 use super::{
+    checksum::{self, BLOCK, Checksum},
     holder::Holder,
     wire::{SaveReply, SaveRequest},
 };
@@ -110,6 +111,12 @@ impl Holder {
                 (false, Save::Devices) => Some(take_over(&to.memory, uid)?),
                 (false, Save::Whole { .. }) => None,
             };
+            if what == Save::Devices {
+                // Of all files of a template; a guest that is suspended is not kept waiting for that.
+                for unnamed in [Some(&state), memory_file.as_ref()].into_iter().flatten() {
+                    unnamed.count()?;
+                }
+            }
             // Last: where the state is, all is.
             let state = state.name(&to.state)?;
             Ok(Saved { state_bytes: state.len(), memory_bytes: memory.map(|file| file.blocks() * 512) })
@@ -200,6 +207,7 @@ fn take_over(path: &Path, uid: u32) -> Result<std::fs::Metadata, Error> {
     rustix::fs::fchown(&file, Some(uid), Some(gid)).map_err(|e| failed(e.into()))?;
     rustix::fs::fchmod(&file, Mode::RUSR | Mode::WUSR).map_err(|e| failed(e.into()))?;
     file.sync_all().map_err(failed)?;
+    checksum::of(&file).and_then(|sum| sum.keep(&file)).map_err(failed)?;
     sync_directory(path)?;
     file.metadata().map_err(failed)
 }
@@ -219,7 +227,7 @@ impl SealedMemory {
     /// Copies the file's data, its holes left holes. Blocks. The VM whose memory it was must have ended.
     ///
     /// # Errors
-    /// It cannot be read, or there is not enough memory.
+    /// It cannot be read, is not what was saved any more (`FailedPrecondition`), or there is not enough memory.
     pub fn load(path: &Path) -> Result<Self, Error> {
         let failed = |err: io::Error| Error::internal("cannot load a template's memory", &err);
         let source = fs_err::File::open(path).map_err(failed)?;
@@ -228,7 +236,7 @@ impl SealedMemory {
         let copy: OwnedFd =
             rustix::fs::memfd_create("bothy-template", flags).map_err(|e| failed(e.into()))?;
         let copy = fs_err::File::from_parts(copy.into(), "a template's memory");
-        copy_sparse(&source, &copy).map_err(failed)?;
+        copy_and_count(&source, &copy).map_err(failed)?.compare(&source)?;
         let seals = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
         rustix::fs::fcntl_add_seals(&copy, seals).map_err(|e| failed(e.into()))?;
         Ok(Self { file: copy, bytes })
@@ -250,21 +258,53 @@ impl SealedMemory {
     }
 }
 
-/// Copies what `from` has into `to`, which is empty, and leaves its holes holes. Blocks.
+/// Copies what `from` has into `to`, which is empty; holes, and blocks of zeros, become holes. Blocks.
 ///
 /// # Errors
 /// Either cannot be read or written.
 pub fn copy_sparse(from: &fs_err::File, to: &fs_err::File) -> io::Result<()> {
+    copy_and_count(from, to).map(drop)
+}
+
+/// The same, with the checksum of all that was read.
+fn copy_and_count(from: &fs_err::File, to: &fs_err::File) -> io::Result<Checksum> {
     to.set_len(from.metadata()?.len())?;
+    let mut sum = Checksum::default();
+    each_chunk(from, |start, chunk| {
+        // Blocks side by side in one go.
+        let (mut from, mut at) = (0, 0);
+        let mut write = |from: usize, to_here: usize| match chunk.get(from..to_here) {
+            Some(run) if !run.is_empty() => to.file().write_all_at(run, start + from as u64),
+            _ => Ok(()),
+        };
+        for block in chunk.chunks(BLOCK) {
+            if !sum.count(start + at as u64, block) {
+                write(from, at)?;
+                from = at + block.len();
+            }
+            at += block.len();
+        }
+        write(from, at)
+    })?;
+    Ok(sum)
+}
+
+/// Gives all data of the file to `each`, piece by piece, with its place: whole blocks, but for the file's end.
+pub(super) fn each_chunk(
+    file: &fs_err::File,
+    mut each: impl FnMut(u64, &[u8]) -> io::Result<()>,
+) -> io::Result<()> {
+    let length = file.metadata()?.len();
     let mut buffer = vec![0; CHUNK];
     let mut at = 0;
-    while let Some((start, end)) = data(from, at)? {
-        at = start;
+    while let Some((start, end)) = data(file, at)? {
+        at = start - start % BLOCK as u64;
+        let end = end.next_multiple_of(BLOCK as u64).min(length);
         while at < end {
             let most = usize::try_from(end - at).unwrap_or(CHUNK).min(CHUNK);
             let Some(part) = buffer.get_mut(..most) else { break };
-            from.file().read_exact_at(part, at)?;
-            to.file().write_all_at(part, at)?;
+            file.file().read_exact_at(part, at)?;
+            each(at, part)?;
             at += most as u64;
         }
     }

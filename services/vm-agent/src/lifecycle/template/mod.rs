@@ -198,6 +198,7 @@ pub(crate) async fn make(
         egress: Some(Egress::None),
         publish: Vec::new(),
         identity: Identity::default(),
+        idle: None,
     };
     let boot = BootInput { name: facts.name.clone(), spec, machine_id: facts.machine_id.clone(), cold: true };
     let input = serde_json::to_value(MakeInput { boot, key: key.clone() })
