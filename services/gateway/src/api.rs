@@ -6,10 +6,11 @@
 
 use bothy_config::Config;
 use bothy_contract::{
-    Code, Error, Service,
-    image::ImageManifest,
+    Code, Error, KernelName, Service,
+    catalogue::KernelSource,
+    image::{ImageManifest, InitStyle, WaitService},
     net::{Egress, NetHost, Publish},
-    vm::{Shape, VmHost, VmRecord, VmSpec},
+    vm::{Idle, Shape, VmHost, VmRecord, VmSpec},
     workspace::Identity,
 };
 use serde::{Deserialize, Serialize};
@@ -131,6 +132,42 @@ pub struct StartBody {
     pub force: bool,
 }
 
+/// The body of `POST /v1/images/{image}/register`. All paths are absolute ones of the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RegisterBody {
+    /// An ext4 file system.
+    pub rootfs: PathBuf,
+    /// Its kernel.
+    pub kernel: KernelSource,
+    /// An archive that is put before the initramfs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<PathBuf>,
+    /// How the guest is brought up; found out where nothing is said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init: Option<InitStyle>,
+    /// What must answer before a VM of it is ready.
+    #[serde(default)]
+    pub wait: Vec<WaitService>,
+    /// Take the place of an image of that name.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// The body of `POST /v1/kernels`. All paths are absolute ones of the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KernelBody {
+    /// What it shall be called; its release where nothing is said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<KernelName>,
+    /// A Debian package, a bzImage or a vmlinux.
+    pub file: PathBuf,
+    /// Its modules, `.../lib/modules/<release>`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub modules: Option<PathBuf>,
+}
+
 /// How long a guest may take to power off where nothing else is said, in milliseconds.
 pub const DEFAULT_GRACE_MS: u64 = 10_000;
 
@@ -209,6 +246,17 @@ pub struct SetBody {
     /// All ports of the guest that the host answers for, at once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub publish: Option<Vec<Publish>>,
+    /// What happens when nobody uses it, at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub idle: Option<Idle>,
+}
+
+/// The body of `POST /v1/vms/{ref}/resume`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResumeBody {
+    /// Bring a suspended one back even if the host's memory does not hold it.
+    #[serde(default)]
+    pub force: bool,
 }
 
 impl SetBody {
@@ -220,13 +268,14 @@ impl SetBody {
     pub fn check(&self, vm: &VmRecord) -> Result<(), Error> {
         if *self == Self::default() {
             return Err(Error::invalid("there is nothing to change")
-                .hint("name one of cpus, memory, work disk, system disk, nat, egress and publish"));
+                .hint("name one of cpus, memory, work disk, system disk, nat, egress, publish and idle"));
         }
         if self.nat.is_some() && self.egress.is_some() {
             return Err(Error::invalid("`nat` and `egress` say the same thing").hint("give one of them"));
         }
         self.egress.clone().map(Egress::checked).transpose()?;
         Publish::check(self.publish.as_deref().unwrap_or_default())?;
+        self.idle.map_or(Ok(()), |idle| idle.check())?;
         let has = &vm.shape;
         let shape = Shape {
             cpus: self.cpus.unwrap_or(has.cpus),

@@ -1,4 +1,4 @@
-//! VMs: list, show, create, start, stop, restart, kill, set, delete.
+//! VMs: list, show, create, start, stop, restart, pause, suspend, resume, kill, set, delete.
 
 use super::{
     ApiError, Gateway, Peer,
@@ -11,10 +11,16 @@ use axum::{
     http::{HeaderMap, StatusCode},
 };
 use bothy_contract::{
-    methods::{NetEgressShow, VmCreate, VmDelete, VmKill, VmRestart, VmSet, VmStart, VmStop},
+    methods::{
+        NetEgressShow, VmCreate, VmDelete, VmKill, VmPause, VmRestart, VmResume, VmSet, VmStart, VmStop,
+        VmSuspend,
+    },
     net::{Egress, EgressReport, GetEgress, Publish},
     op::Begun,
-    vm::{CreateVm, DeleteVm, KillVm, RestartVm, SetVm, StartVm, StopVm, VmList, VmRecord},
+    vm::{
+        CreateVm, DeleteVm, KillVm, PauseVm, RestartVm, ResumeVm, SetVm, StartVm, StopVm, SuspendVm, VmList,
+        VmRecord,
+    },
 };
 use serde::Deserialize;
 
@@ -45,6 +51,7 @@ pub(crate) async fn create(
     spec.shape.check()?;
     spec.egress = spec.egress.map(Egress::checked).transpose()?;
     Publish::check(&spec.publish)?;
+    spec.idle.map_or(Ok(()), |idle| idle.check())?;
     let request = CreateVm { spec, owner: peer.uid, force, cold };
     Ok(accepted(gateway.change::<VmCreate>(&peer, &headers, &request).await?))
 }
@@ -115,6 +122,38 @@ pub(crate) async fn kill(
     Ok(accepted(gateway.change::<VmKill>(&peer, &headers, &request).await?))
 }
 
+pub(crate) async fn pause(
+    State(gateway): State<Gateway>,
+    peer: Peer,
+    headers: HeaderMap,
+    Path(vm): Path<String>,
+) -> Result<Accepted, ApiError> {
+    let vm = gateway.vm(&peer, &vm).await?;
+    Ok(accepted(gateway.change::<VmPause>(&peer, &headers, &PauseVm { vm: vm.id }).await?))
+}
+
+pub(crate) async fn suspend(
+    State(gateway): State<Gateway>,
+    peer: Peer,
+    headers: HeaderMap,
+    Path(vm): Path<String>,
+) -> Result<Accepted, ApiError> {
+    let vm = gateway.vm(&peer, &vm).await?;
+    Ok(accepted(gateway.change::<VmSuspend>(&peer, &headers, &SuspendVm { vm: vm.id }).await?))
+}
+
+pub(crate) async fn resume(
+    State(gateway): State<Gateway>,
+    peer: Peer,
+    headers: HeaderMap,
+    Path(vm): Path<String>,
+    Body(body): Body<api::ResumeBody>,
+) -> Result<Accepted, ApiError> {
+    let vm = gateway.vm(&peer, &vm).await?;
+    let request = ResumeVm { vm: vm.id, force: body.force };
+    Ok(accepted(gateway.change::<VmResume>(&peer, &headers, &request).await?))
+}
+
 pub(crate) async fn set(
     State(gateway): State<Gateway>,
     peer: Peer,
@@ -124,9 +163,9 @@ pub(crate) async fn set(
 ) -> Result<Accepted, ApiError> {
     let vm = gateway.vm(&peer, &vm).await?;
     body.check(&vm)?;
-    let api::SetBody { cpus, memory_mib, work_mib, system_mib, nat, egress, publish } = body;
+    let api::SetBody { cpus, memory_mib, work_mib, system_mib, nat, egress, publish, idle } = body;
     let egress = egress.map(Egress::checked).transpose()?;
-    let request = SetVm { vm: vm.id, cpus, memory_mib, work_mib, system_mib, nat, egress, publish };
+    let request = SetVm { vm: vm.id, cpus, memory_mib, work_mib, system_mib, nat, egress, publish, idle };
     Ok(accepted(gateway.change::<VmSet>(&peer, &headers, &request).await?))
 }
 

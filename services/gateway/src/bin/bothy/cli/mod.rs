@@ -1,12 +1,14 @@
 //! What one can type.
 
 mod catalogue;
+mod idle;
 mod network;
 mod values;
 mod vm;
 mod workspace;
 
-pub(crate) use catalogue::Keep;
+pub(crate) use catalogue::{Init, Keep, Kernel, Register};
+pub(crate) use idle::IdlePolicy;
 pub(crate) use network::{Network, Policy};
 pub(crate) use vm::{Delete, Exec, Prune, Refs, Several, Vm};
 pub(crate) use workspace::{Export, Form, Workspace};
@@ -49,6 +51,9 @@ pub(crate) enum Command {
     /// Images that machines boot
     #[command(subcommand)]
     Image(Image),
+    /// Kernels that images can boot
+    #[command(subcommand)]
+    Kernel(Kernel),
     /// Operations: creates, builds and the like, running or over
     #[command(subcommand)]
     Op(Op),
@@ -89,6 +94,8 @@ pub(crate) struct Shape {
     pub(crate) system_disk: Option<u64>,
     #[command(flatten)]
     pub(crate) network: Network,
+    #[command(flatten)]
+    pub(crate) idle: IdlePolicy,
     /// Create it even if the host's memory does not hold it
     #[arg(long)]
     pub(crate) force: bool,

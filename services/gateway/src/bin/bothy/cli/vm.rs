@@ -1,7 +1,7 @@
 //! What one can type behind `bothy vm`.
 
 use super::{
-    Policy, Shape,
+    IdlePolicy, Policy, Shape,
     network::Reach,
     values::{age, key_value, mib, signal},
 };
@@ -81,6 +81,18 @@ pub(crate) enum Vm {
         which: Several,
         #[command(flatten)]
         grace: Grace,
+    },
+    /// Have machines stand still; their memory stays, and the next use lets them go on
+    Pause(Several),
+    /// Put machines' memory on disk; the next use brings them back
+    Suspend(Several),
+    /// Let paused and suspended machines go on
+    Resume {
+        #[command(flatten)]
+        which: Several,
+        /// Bring them back even if the host's memory does not hold them
+        #[arg(long)]
+        force: bool,
     },
     /// End machines at once: their VMM gets a signal, their guest is not asked; disks stay
     Kill {
@@ -195,6 +207,8 @@ pub(crate) struct Change {
     /// Do not answer on a port of this host any more
     #[arg(long, value_name = "[ADDR:]HOSTPORT", value_parser = Publish::parse_listen)]
     unpublish: Vec<SocketAddr>,
+    #[command(flatten)]
+    idle: IdlePolicy,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -218,6 +232,7 @@ impl Change {
             nat: self.nat.map(|nat| nat == Switch::On),
             egress: self.egress.map(Into::into),
             publish: if ports { Some(self.ports(vm)?) } else { None },
+            idle: self.idle.policy()?,
         })
     }
 

@@ -15,7 +15,7 @@ use bothy_contract::{
     op::Begun,
     vm::{Shape, VmRecord, VmState},
 };
-use bothy_gateway::api::{KillBody, RestartBody, SetBody, StartBody, StopBody};
+use bothy_gateway::api::{KillBody, RestartBody, ResumeBody, SetBody, StartBody, StopBody};
 use http::Method;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -78,10 +78,35 @@ pub(super) async fn start(context: &Context, which: &cli::Several, force: bool) 
 }
 
 pub(super) async fn stop(context: &Context, which: &cli::Several, grace_ms: u64) -> Result<Status, Error> {
-    let targets = targets(context, which, |s| s == VmState::Running).await?;
+    let targets = targets(context, which, |s| matches!(s, VmState::Running | VmState::Paused)).await?;
     let body = StopBody { grace_ms };
     many::change(context, targets, async |watcher, vm| {
         run(context, watcher, vm, (Method::POST, "/stop", &body), "stopped").await
+    })
+    .await
+}
+
+pub(super) async fn pause(context: &Context, which: &cli::Several) -> Result<Status, Error> {
+    let targets = targets(context, which, |s| s == VmState::Running).await?;
+    many::change(context, targets, async |watcher, vm| {
+        run(context, watcher, vm, (Method::POST, "/pause", &json!({})), "paused").await
+    })
+    .await
+}
+
+pub(super) async fn suspend(context: &Context, which: &cli::Several) -> Result<Status, Error> {
+    let targets = targets(context, which, |s| matches!(s, VmState::Running | VmState::Paused)).await?;
+    many::change(context, targets, async |watcher, vm| {
+        run(context, watcher, vm, (Method::POST, "/suspend", &json!({})), "suspended").await
+    })
+    .await
+}
+
+pub(super) async fn resume(context: &Context, which: &cli::Several, force: bool) -> Result<Status, Error> {
+    let targets = targets(context, which, |s| matches!(s, VmState::Paused | VmState::Suspended)).await?;
+    let body = ResumeBody { force };
+    many::change(context, targets, async |watcher, vm| {
+        run(context, watcher, vm, (Method::POST, "/resume", &body), "running again").await
     })
     .await
 }
@@ -161,6 +186,10 @@ fn effects(change: &SetBody, vm: &VmRecord) -> Vec<Effect> {
     }
     if change.egress.is_some() {
         effects.push(Effect { field: "egress", text: format!("egress {}", vm.egress), later: false });
+    }
+    if change.idle.is_some() {
+        let text = vm.idle.as_ref().map_or_else(String::new, super::show::idle);
+        effects.push(Effect { field: "idle", text, later: false });
     }
     if change.publish.is_some() {
         let ports = super::show::published(vm);
@@ -270,6 +299,7 @@ mod tests {
             nat: Some(true),
             egress: Some(bothy_contract::net::Egress::Open),
             publish: Some(Vec::new()),
+            idle: None,
         };
         vm.egress = bothy_contract::net::Egress::Open;
         insta::assert_snapshot!(told(&change, &vm), @r"

@@ -56,6 +56,9 @@ pub(crate) async fn main(context: &Context, command: cli::Vm) -> Result<Status, 
         }
         cli::Vm::Start { which, force } => change::start(context, &which, force).await,
         cli::Vm::Stop { which, grace } => change::stop(context, &which, grace.ms()).await,
+        cli::Vm::Pause(which) => change::pause(context, &which).await,
+        cli::Vm::Suspend(which) => change::suspend(context, &which).await,
+        cli::Vm::Resume { which, force } => change::resume(context, &which, force).await,
         cli::Vm::Restart { which, grace } => change::restart(context, &which, grace.ms()).await,
         cli::Vm::Kill { which, signal } => change::kill(context, &which, signal).await,
         cli::Vm::Set { which, change } => change::set(context, &which.vms, |vm| change.of(vm)).await,
@@ -131,6 +134,7 @@ pub(crate) async fn create(
         egress: args.network.egress()?,
         publish: args.network.publish.clone(),
         identity: ssh::identity(context.printer),
+        idle: args.idle.policy()?,
     };
     let body = CreateBody { spec, force: args.force, cold: args.cold };
     let watcher = Watcher::new(&context.gateway, context.printer, false)?;

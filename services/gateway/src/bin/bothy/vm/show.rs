@@ -1,7 +1,7 @@
 //! Machines as people see them.
 
 use crate::printer::{facts, table, word};
-use bothy_contract::vm::{Shape, VmRecord};
+use bothy_contract::vm::{Idle, IdleAction, Shape, VmRecord};
 
 /// All machines as a table.
 pub(super) fn listing(vms: &[VmRecord]) -> String {
@@ -62,6 +62,7 @@ pub(super) fn details(vm: &VmRecord) -> String {
         ("tap", lease.map(|l| l.tap.clone()).unwrap_or_default()),
         ("egress", vm.egress.to_string()),
         ("published", published(vm)),
+        ("idle", vm.idle.as_ref().map(idle).unwrap_or_default()),
         ("vmm", vm.vmm.clone().unwrap_or_default()),
         ("vmm pid", vm.vmm_pid.map(|pid| pid.to_string()).unwrap_or_default()),
         ("boot id", vm.boot_id.clone().unwrap_or_default()),
@@ -69,6 +70,14 @@ pub(super) fn details(vm: &VmRecord) -> String {
         ("created", vm.created.strftime("%Y-%m-%d %H:%M:%SZ").to_string()),
         ("started", vm.started.map(|t| t.strftime("%Y-%m-%d %H:%M:%SZ").to_string()).unwrap_or_default()),
     ])
+}
+
+/// What happens when nobody uses a machine.
+pub(super) fn idle(idle: &Idle) -> String {
+    match idle.action {
+        IdleAction::Never => "left alone when nobody uses it".to_owned(),
+        action => format!("{} after {} s without use", word(&action), idle.after_s),
+    }
 }
 
 /// The published ports of a machine in a row.
