@@ -5,12 +5,14 @@ use crate::{
     disks::Disks,
     fault,
     initramfs::Initramfs,
+    oci::Intake,
     recipe::Recipe,
     store::{Garbage, Store},
 };
 use bothy_config::Config;
 use bothy_contract::{
-    Error, ImageName, Service,
+    Error, ImageName, KernelName, Service,
+    catalogue::KernelInfo,
     image::{BootSet, ImageManifest},
 };
 use std::{
@@ -29,6 +31,8 @@ pub(crate) struct Agent {
     pub(crate) disks: Disks,
     /// Read by whoever begins to use an image, written by whoever removes some.
     pub(crate) using: Arc<RwLock<()>>,
+    /// The archives on their way in.
+    pub(crate) intake: Arc<Intake>,
     initramfs: Arc<Initramfs>,
     recipes: PathBuf,
     netns: Option<PathBuf>,
@@ -48,6 +52,7 @@ impl Agent {
             (&home, 0o711),
             (&store, 0o755),
             (&store.join("images"), 0o755),
+            (&store.join("kernels"), 0o755),
             (&initramfs, 0o755),
             (&disks, 0o711),
             (&templates, 0o700),
@@ -68,6 +73,7 @@ impl Agent {
             store: Store::new(&store),
             disks: Disks::new(disks, templates, config.vm.uid_base..config.vm.uid_base.saturating_add(slots)),
             using: Arc::default(),
+            intake: Arc::new(Intake::new(config.ticket_socket(Service::Image), home.join("incoming"))),
             initramfs: Arc::new(Initramfs::new(initramfs, config.image.guest_binary.clone())),
             recipes: config.image.recipe_dir.clone(),
             netns: config.image.build_netns.clone(),
@@ -80,6 +86,13 @@ impl Agent {
         // One that cannot be used boots nothing.
         let images: Vec<_> = names.iter().filter_map(|name| self.store.open(name).ok()).collect();
         self.initramfs.prune_all(&images, look)
+    }
+
+    /// One kernel and who uses it.
+    pub(crate) fn kernel(&self, name: &KernelName) -> Result<KernelInfo, Error> {
+        let manifest = self.store.kernel(name)?;
+        let images = self.store.list()?.into_iter().filter(|i| i.kernel.as_ref() == Some(name));
+        Ok(KernelInfo { manifest, used_by: images.map(|i| i.name).collect() })
     }
 
     /// What `image` boots. Its initramfs is made if it is not there.

@@ -10,12 +10,18 @@ mod clone;
 mod cpio;
 mod digest;
 mod disks;
+mod ext4;
 mod fault;
+mod hostfile;
 mod initramfs;
 mod kernel;
+mod kernels;
 mod kinds;
 mod modules;
+mod oci;
+mod promote;
 mod recipe;
+mod register;
 mod remove;
 mod service;
 mod store;
@@ -76,6 +82,7 @@ async fn serve(config: &Config, agent: Agent, stop: CancellationToken) -> Result
     // Before anything can be begun: what is half made now belongs to nobody.
     build::sweep(&agent.store)?;
     agent.disks.sweep()?;
+    agent.intake.sweep()?;
     let db = Db::open(config.service_dir(Service::Image).join("image.db"), &kinds::MIGRATIONS)?;
     let client = Client::connect(config, Service::Image).await?;
     let ops = Ops::new(db, Service::Image, Arc::new(kinds::Works { agent: agent.clone() }));
@@ -98,7 +105,10 @@ async fn build_here(
         tracing::info!(image = %name, "an image of this recipe is there");
         return Ok(());
     }
-    let progress: build::Progress = Arc::new(|_, _, note| tracing::info!("{note}"));
+    let progress: build::Progress = Arc::new(|done, total, note| match total {
+        Some(total) => tracing::debug!(done, total, "{note}"),
+        None => tracing::info!("{note}"),
+    });
     let with = build::Stage { cancel, progress };
     for stage in build::STAGES {
         let begun = Instant::now();

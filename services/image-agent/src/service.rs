@@ -1,15 +1,17 @@
 //! The image-agent's methods on the bus. Each is one call of what [`Agent`] owns, made where file work holds up nobody.
 
-use crate::{agent::Agent, builds, fault::blocking, remove, verify};
+use crate::{agent::Agent, builds, fault::blocking, kernels, promote, register, remove, verify};
 use bothy_bus::{Client, Server};
 use bothy_contract::{
     Error,
+    catalogue::KernelList,
     image::{DiskList, DiskUsageList, FrozenList, ImageList},
     methods::{
         ImageBuild, ImageDisksGrow, ImageDisksList, ImageDisksRelease, ImageDisksUsage, ImageListAll,
-        ImageOpCancel, ImageOpList, ImageOpShow, ImagePrune, ImageRemove, ImageResolve, ImageRootfsPrepare,
-        ImageShow, ImageTemplateForget, ImageTemplateFreeze, ImageTemplateList, ImageVerify,
-        ImageWorkDiskPrepare,
+        ImageOpCancel, ImageOpList, ImageOpShow, ImagePromote, ImagePrune, ImageRegister, ImageRemove,
+        ImageResolve, ImageRootfsPrepare, ImageShow, ImageTemplateForget, ImageTemplateFreeze,
+        ImageTemplateList, ImageVerify, ImageWorkDiskPrepare, KernelImport, KernelListAll, KernelRemove,
+        KernelShow,
     },
     net::Done,
 };
@@ -100,6 +102,12 @@ pub(crate) async fn run(
         }))
         .serve::<ImageBuild, _, _>(begin!(builds))
         .serve::<ImageVerify, _, _>(begin!(verify))
+        .serve::<ImageRegister, _, _>(begin!(register))
+        .serve::<ImagePromote, _, _>(begin!(promote))
+        .serve::<KernelImport, _, _>(begin!(kernels))
+        .serve::<KernelListAll, _, _>(on!(|a, _ask| Ok(KernelList { kernels: a.store.kernels()? })))
+        .serve::<KernelShow, _, _>(on!(|a, ask| a.kernel(&ask.kernel)))
+        .serve::<KernelRemove, _, _>(on!(|a, ask| a.store.remove_kernel(&ask.kernel)))
         .serve::<ImageRemove, _, _>(with_client!(|client, a, ask| remove::remove(&client, &a, ask.image)))
         .serve::<ImagePrune, _, _>(with_client!(|client, a, ask| remove::prune(&client, &a, ask)))
         .serve::<ImageOpShow, _, _>(op!(show))

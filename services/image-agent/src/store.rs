@@ -6,6 +6,7 @@
 
 mod blobs;
 mod check;
+mod kernels;
 mod publish;
 mod remove;
 
@@ -37,6 +38,7 @@ pub(crate) const ROLES: [(&str, &str); 5] = [
 #[derive(Debug, Clone)]
 pub(crate) struct Store {
     images: PathBuf,
+    kernels: PathBuf,
     blobs: blobs::Blobs,
     /// Held while it is changed which files are there: publishing and collecting never meet. Never across slow work.
     changing: Arc<Mutex<()>>,
@@ -85,11 +87,29 @@ fn unusable(name: &ImageName, why: impl std::fmt::Display) -> Error {
         .hint(format!("build it again with `bothy image build {name} --force`"))
 }
 
+/// Like [`unusable`], where its manifest tells how it came in and so can again.
+fn broken(manifest: &ImageManifest, why: impl std::fmt::Display) -> Error {
+    let (name, error) = (&manifest.name, unusable(&manifest.name, why));
+    if manifest.origin.is_empty() || manifest.origin.starts_with("recipe ") {
+        error
+    } else if manifest.is_managed() {
+        error.hint(format!(
+            "remove it with `bothy image rm {name}` and bring it in again, from {}",
+            manifest.origin
+        ))
+    } else {
+        error.hint(format!(
+            "if the change is wanted, register it again: `bothy image register {name} --force ...`"
+        ))
+    }
+}
+
 impl Store {
     /// The images below `store`.
     pub(crate) fn new(store: &Path) -> Self {
         Self {
             images: store.join("images"),
+            kernels: store.join("kernels"),
             blobs: blobs::Blobs::new(store.join("blobs")),
             changing: Arc::default(),
             slow: Arc::default(),

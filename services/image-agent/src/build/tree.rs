@@ -147,16 +147,23 @@ fn lend(dir: &Path) -> io::Result<()> {
     let mut npmrc = String::new();
     for path in NPMRC {
         match fs_err::read_to_string(path) {
-            Ok(text) => npmrc.extend([text.trim_end(), "\n"]),
+            Ok(text) => npmrc.extend(text.lines().filter(|l| !names_a_host_file(l)).flat_map(|l| [l, "\n"])),
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => return Err(e),
         }
     }
-    fs_err::write(dir.join("npmrc"), npmrc)?;
     match fs_err::copy(AUTHORITIES, dir.join("ca.crt")) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => fs_err::write(dir.join("ca.crt"), ""),
-        copied => copied.map(drop),
+        Ok(_) => npmrc.push_str("cafile=/bothy-host/ca.crt\n"),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        Err(e) => return Err(e),
     }
+    fs_err::write(dir.join("npmrc"), npmrc)
+}
+
+/// Whether a line of npm's settings names a file or directory of the host, which is not in the tree.
+fn names_a_host_file(line: &str) -> bool {
+    let key = line.split('=').next().unwrap_or_default().trim();
+    ["ca", "ca[]", "cafile", "certfile", "keyfile", "nodedir", "prefix", "cache"].contains(&key)
 }
 
 /// The release of this host, os-release(5).

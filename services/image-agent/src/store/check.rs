@@ -3,12 +3,12 @@
 //! At each use a look at each file's size and stamp: cheap, and a write or a replacement shows. Where the stamp is
 //! another one, or none was kept, the digest decides, and the new stamp is kept. `verify` computes all digests.
 
-use super::{Artifact, Image, Store, unusable};
+use super::{Artifact, Image, Store, broken};
 use crate::digest::{self, Beat};
 use bothy_contract::{
     Error, ImageName,
     catalogue::{Checked, FileState, Verified},
-    image::Stamp,
+    image::{ImageManifest, Stamp},
 };
 use std::{
     fs::Metadata,
@@ -33,12 +33,12 @@ enum Look {
     Another(Stamp),
 }
 
-fn look(name: &ImageName, artifact: &Artifact, path: &Path) -> Result<Look, Error> {
+fn look(manifest: &ImageManifest, artifact: &Artifact, path: &Path) -> Result<Look, Error> {
     let meta = fs_err::symlink_metadata(path)
-        .map_err(|e| unusable(name, format!("{} is missing ({})", path.display(), e.kind())))?;
+        .map_err(|e| broken(manifest, format!("{} is missing ({})", path.display(), e.kind())))?;
     if !meta.is_file() || meta.len() != artifact.size {
         let is = format!("{} is torn: {} bytes of {}", path.display(), meta.len(), artifact.size);
-        return Err(unusable(name, is));
+        return Err(broken(manifest, is));
     }
     let stamp = stamp(&meta);
     Ok(if artifact.stamp == Some(stamp) { Look::Same } else { Look::Another(stamp) })
@@ -52,7 +52,7 @@ impl Store {
             let mut changed = Vec::new();
             for role in image.manifest.artifacts.keys().filter(|role| wanted(role)) {
                 let (artifact, path) = image.artifact(role)?;
-                if let Look::Another(stamp) = look(name, artifact, &path)? {
+                if let Look::Another(stamp) = look(&image.manifest, artifact, &path)? {
                     changed.push((role.clone(), stamp));
                 }
             }
@@ -69,8 +69,8 @@ impl Store {
             let (artifact, path) = image.artifact(role)?;
             let is = digest::of_file(&path, &digest::on)?;
             if is != artifact.sha256 {
-                return Err(unusable(
-                    name,
+                return Err(broken(
+                    &image.manifest,
                     format!(
                         "{} was altered: its digest is {is}, its manifest says {}",
                         path.display(),

@@ -37,9 +37,21 @@ impl Store {
     pub(crate) fn publish(
         &self,
         dir: &Path,
+        manifest: ImageManifest,
+        over: Over,
+        beat: Beat<'_>,
+    ) -> Result<ImageManifest, Error> {
+        self.publish_if(dir, manifest, over, beat, &|_, _| true)
+    }
+
+    /// Like [`Store::publish`], if `right` says of each role's digest that it is the right one.
+    pub(crate) fn publish_if(
+        &self,
+        dir: &Path,
         mut manifest: ImageManifest,
         over: Over,
         beat: Beat<'_>,
+        right: &dyn Fn(&str, &str) -> bool,
     ) -> Result<ImageManifest, Error> {
         let name = manifest.name.clone();
         let failed = |e: io::Error| fault::io(format!("cannot put image {name} into place"), &e);
@@ -52,13 +64,21 @@ impl Store {
                 stamp: None,
             });
         }
-        for artifact in manifest.artifacts.values_mut() {
+        for (role, artifact) in &mut manifest.artifacts {
             let path = artifact.path.clone().unwrap_or_else(|| dir.join(&artifact.file));
             if artifact.path.is_none() {
                 fs_err::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).map_err(failed)?;
                 fs_err::File::open(&path).and_then(|f| f.sync_all()).map_err(failed)?;
             }
             artifact.sha256 = digest::of_file(&path, beat)?;
+            if !right(role, &artifact.sha256) {
+                let other = format!("its {role} is another one than it was: {}", path.display());
+                return Err(Error::new(
+                    Code::FailedPrecondition,
+                    format!("image {name} was not changed: {other}"),
+                )
+                .hint("register it again as it is now, `bothy image register --force`"));
+            }
         }
         let lock = self.change();
         for artifact in manifest.artifacts.values_mut() {
@@ -81,6 +101,11 @@ impl Store {
         fs_err::File::open(self.dir()).and_then(|d| d.sync_all()).map_err(failed)?;
         drop(lock);
         Ok(manifest)
+    }
+
+    /// Refuses a name that an image has.
+    pub(crate) fn must_be_free(&self, name: &ImageName) -> Result<(), Error> {
+        self.may_go_over(name, Over::Nothing)
     }
 
     /// Whether `over` holds for what has `name` now.

@@ -1,19 +1,22 @@
-//! `bothy image verify`, `rm` and `prune`.
+//! `bothy image verify`, `rm`, `prune`, `register` and `promote`.
 
 use crate::{
     Context, Status,
-    cli::Keep,
+    cli::{Init, Keep, Register},
     printer::{duration, size, table, word},
     progress::{Outcome, Watcher},
 };
 use bothy_contract::{
     Error,
-    catalogue::{FileState, Pruned, Verified},
+    catalogue::{FileState, KernelSource, Pruned, Verified},
+    image::InitStyle,
     op::Begun,
 };
+use bothy_gateway::api::RegisterBody;
 use http::Method;
 use serde::Serialize;
 use serde_json::json;
+use std::path::{Path, PathBuf};
 
 pub(crate) async fn main(context: &Context, command: Keep) -> Result<Status, Error> {
     let printer = context.printer;
@@ -41,12 +44,63 @@ pub(crate) async fn main(context: &Context, command: Keep) -> Result<Status, Err
             let gone: Pruned = context.gateway.change(Method::POST, &path, &json!({})).await?;
             printer.record(&gone, |gone| pruned(gone, dry_run))?;
         }
+        Keep::Register(args) => {
+            let path = format!("/v1/images/{}/register", args.image);
+            let (begun, outcome) = operate(context, &path, &body(&args)?, args.image.as_str())
+                .await
+                .map_err(|e| e.context(format!("image {} was not registered", args.image)))?;
+            let value = json!({ "op": begun.op, "image": args.image, "result": outcome.result });
+            printer.record(&value, |_| {
+                format!("image {} is registered ({})", args.image, duration(outcome.took_us))
+            })?;
+        }
+        Keep::Promote { image } => {
+            let path = format!("/v1/images/{image}/promote");
+            let (begun, outcome) = operate(context, &path, &json!({}), image.as_str())
+                .await
+                .map_err(|e| e.context(format!("image {image} was not promoted")))?;
+            let value = json!({ "op": begun.op, "image": image, "result": outcome.result });
+            printer
+                .record(&value, |_| format!("image {image} is promoted ({})", duration(outcome.took_us)))?;
+        }
     }
     Ok(Status::SUCCESS)
 }
 
+/// What `register` asks for, with paths that mean the same to the image-agent.
+fn body(args: &Register) -> Result<RegisterBody, Error> {
+    let kernel = match &args.kernel {
+        None => KernelSource::Rootfs,
+        Some(text) if text.contains('/') => KernelSource::File {
+            kernel: absolute(text.as_ref())?,
+            modules: args.modules.as_deref().map(absolute).transpose()?,
+        },
+        Some(_) if args.modules.is_some() => {
+            return Err(Error::invalid("a kernel of the catalogue has its own modules")
+                .hint("leave `--modules` away, or give the kernel's file with a `/` in it"));
+        }
+        Some(text) => KernelSource::Catalogue(text.parse()?),
+    };
+    Ok(RegisterBody {
+        rootfs: absolute(&args.rootfs)?,
+        kernel,
+        initrd: args.initrd.as_deref().map(absolute).transpose()?,
+        init: args.init.map(|init| match init {
+            Init::Systemd => InitStyle::Systemd,
+            Init::Agent => InitStyle::Agent,
+        }),
+        wait: args.wait.clone(),
+        force: args.force,
+    })
+}
+
+/// A path that does not depend on where this process is.
+pub(crate) fn absolute(path: &Path) -> Result<PathBuf, Error> {
+    std::path::absolute(path).map_err(|e| Error::invalid(format!("{} is no path: {e}", path.display())))
+}
+
 /// Begins an operation of the image-agent and watches it to its end.
-async fn operate(
+pub(crate) async fn operate(
     context: &Context,
     path: &str,
     body: &impl Serialize,

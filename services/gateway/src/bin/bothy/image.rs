@@ -78,6 +78,7 @@ fn details(image: &ImageManifest) -> String {
         ("init", word(&image.init)),
         ("home", image.home.clone()),
         ("waits for", wait.join(", ")),
+        ("from", image.origin.clone()),
         ("recipe", image.recipe_sha256.clone()),
         ("created", image.created.strftime("%Y-%m-%d %H:%M:%SZ").to_string()),
     ]);

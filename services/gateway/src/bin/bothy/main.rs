@@ -13,6 +13,7 @@ mod host;
 mod http;
 mod image;
 mod interrupt;
+mod kernel;
 mod op;
 mod plain;
 mod printer;
@@ -129,6 +130,7 @@ fn name(command: &Command) -> &'static str {
         Command::Vm(_) => "vm",
         Command::Workspace(_) => "workspace",
         Command::Image(_) => "image",
+        Command::Kernel(_) => "kernel",
         Command::Op(_) => "op",
         Command::Host(_) => "host",
         Command::Doctor => "doctor",
@@ -143,6 +145,7 @@ async fn dispatch(context: &Context, command: Command) -> Result<Status, Error> 
         Command::Vm(command) => vm::main(context, command).await,
         Command::Workspace(command) => workspace::main(context, command).await,
         Command::Image(command) => image::main(context, command).await,
+        Command::Kernel(command) => kernel::main(context, command).await,
         Command::Op(command) => op::main(context, command).await,
         Command::Host(cli::Host::Down(args)) => host::down::main(context, args).await,
         Command::Host(_) => host::status(context).await,

@@ -1,104 +1,27 @@
-//! The real binary on a real bus: what it answers, what it refuses, and what a cancelled build leaves.
+//! What the agent answers, what it refuses, and what a cancelled build leaves.
 
-#![expect(clippy::unwrap_used, reason = "a failed test is meant to stop, with the line")]
-
-use bothy_bus::{Client, testing::TestBus};
+use crate::host::{Host, MIB, ended};
+use bothy_bus::Client;
 use bothy_contract::{
-    Code, ImageName, OpId, Service, VmId,
+    Code, ImageName, OpId, VmId,
     catalogue::{PruneImages, Verified, VerifyImages},
     image::{
-        Artifact, BuildImage, GetDiskUsage, GrowDisks, ImageManifest, ImageRef, InitStyle, ListDisks,
-        ListImages, PrepareRootfs, PrepareWorkDisk, ReleaseDisks,
+        BuildImage, GetDiskUsage, GrowDisks, ImageRef, ListDisks, ListImages, PrepareRootfs, PrepareWorkDisk,
+        ReleaseDisks,
     },
     methods::{
         ImageBuild, ImageDisksGrow, ImageDisksList, ImageDisksRelease, ImageDisksUsage, ImageListAll,
         ImageOpCancel, ImageOpShow, ImagePrune, ImageRemove, ImageResolve, ImageRootfsPrepare, ImageShow,
         ImageVerify, ImageWorkDiskPrepare, VmListAll,
     },
-    op::{OpRecord, OpRef, OpState, StageState},
+    op::{OpRef, OpState, StageState},
     vm::{Shape, VmList, VmRecord},
 };
 use std::{
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
-    process::{Child, Command},
     time::Duration,
 };
-
-const MIB: u64 = 1 << 20;
-/// The SHA-256 of a MiB of zeros.
-const ZEROS: &str = "30e14955ebf1352266dc2ff8067e68104607e750abb9d3b36582b8af909fcb58";
-
-/// The agent, ended with the test.
-struct Agent(Child);
-
-impl Drop for Agent {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-struct Host {
-    agent: Agent,
-    bus: TestBus,
-    file: PathBuf,
-}
-
-impl Host {
-    fn home(&self) -> PathBuf {
-        self.bus.config.service_dir(Service::Image)
-    }
-
-    fn spawn(file: &Path) -> Agent {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_bothy-image-agent"));
-        Agent(command.arg("--config").arg(file).spawn().unwrap())
-    }
-
-    async fn start() -> (Self, Client, Client) {
-        let mut bus = TestBus::start();
-        let state = bus.config.state_dir.clone();
-        bus.config.image.recipe_dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guest/images");
-        bus.config.image.guest_binary = state.join("guest");
-        fs_err::write(state.join("guest"), "the guest's agent").unwrap();
-        let file = state.join("bothy.toml");
-        fs_err::write(&file, bus.config.to_toml().unwrap()).unwrap();
-        let gateway = Client::connect(&bus.config, Service::Gateway).await.unwrap();
-        gateway.ensure_ops_stream().await.unwrap();
-        let vm = Client::connect(&bus.config, Service::Vm).await.unwrap();
-        let host = Self { agent: Self::spawn(&file), bus, file };
-        host.ready(&gateway).await;
-        (host, gateway, vm)
-    }
-
-    async fn ready(&self, gateway: &Client) {
-        while gateway.call::<ImageListAll>(&ListImages {}).await.is_err() {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    }
-
-    /// Copies an image in, as a person may: its directory is all that makes it one.
-    fn plant(&self, name: &str) -> ImageName {
-        let name: ImageName = name.parse().unwrap();
-        let dir = self.home().join("store/images").join(name.as_str());
-        fs_err::create_dir_all(&dir).unwrap();
-        let files = ["rootfs", "kernel", "modules", "system-seed", "work-seed"].map(|role| {
-            fs_err::File::create(dir.join(role)).unwrap().set_len(MIB).unwrap();
-            let artifact =
-                Artifact { file: role.into(), sha256: ZEROS.into(), size: MIB, path: None, stamp: None };
-            (role.to_owned(), artifact)
-        });
-        let manifest =
-            ImageManifest { artifacts: files.into(), ..ImageManifest::new(name.clone(), InitStyle::Systemd) };
-        fs_err::write(dir.join("manifest.json"), serde_json::to_vec(&manifest).unwrap()).unwrap();
-        name
-    }
-
-    fn builds_left(&self) -> Vec<PathBuf> {
-        let entries = fs_err::read_dir(self.home().join("store/images")).unwrap();
-        entries.map(|e| e.unwrap().path()).filter(|p| p.to_string_lossy().contains("/.build-")).collect()
-    }
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn images_and_disks_over_the_bus() {
@@ -268,22 +191,4 @@ async fn a_build_that_is_cancelled_or_cut_off_leaves_nothing() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     assert_eq!(host.builds_left(), Vec::<PathBuf>::new());
-}
-
-impl Host {
-    /// Ends the agent as a crash would, and starts it anew.
-    fn spawn_after_kill(agent: Agent, file: &Path) -> Agent {
-        drop(agent);
-        Self::spawn(file)
-    }
-}
-
-async fn ended(gateway: &Client, op: OpId) -> OpRecord {
-    loop {
-        let record = gateway.call::<ImageOpShow>(&OpRef { op }).await.unwrap();
-        if record.state.is_final() {
-            return record;
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
 }

@@ -1,0 +1,7 @@
+//! The real binary on a real bus.
+
+#![expect(clippy::unwrap_used, reason = "a failed test is meant to stop, with the line")]
+
+mod bus;
+mod host;
+mod keeping;
