@@ -140,6 +140,7 @@ async fn template_and_its_vms(driver: &dyn Driver, host: &Host, first: VmPlan) {
     quit(driver, &holder, handle).await;
     assert!(control.health(bothy_guest_proto::v1::HealthRequest {}).await.is_err());
 
+    spoilt(driver, &plan, &to).await;
     let before = fs_err::read(&to.memory).unwrap();
     let sealed = SealedMemory::load(&to.memory).unwrap();
     assert_eq!(sealed.bytes(), plan.memory_mib << 20);
@@ -186,6 +187,28 @@ async fn template_and_its_vms(driver: &dyn Driver, host: &Host, first: VmPlan) {
     assert_eq!(run(&mut bulk, "cat /root/mine").await.trim(), uid.to_string());
     quit(driver, &holder, handle).await;
     assert!(fs_err::read(&to.memory).unwrap() == before, "the template has changed");
+}
+
+/// A byte that is another one than was saved is seen, in either file; then it is mended again.
+async fn spoilt(driver: &dyn Driver, plan: &VmPlan, to: &Snapshot) {
+    use std::os::unix::fs::FileExt;
+    let turn = |path: &Path| {
+        let file = fs_err::OpenOptions::new().read(true).write(true).open(path).unwrap();
+        let (mut byte, at) = ([0], file.metadata().unwrap().len() / 2);
+        file.file().read_exact_at(&mut byte, at).unwrap();
+        file.file().write_all_at(&[!byte[0]], at).unwrap();
+    };
+    turn(&to.memory);
+    let e = SealedMemory::load(&to.memory).unwrap_err();
+    assert!(e.code == Code::FailedPrecondition && e.message.contains("not what was saved"), "{e}");
+    turn(&to.memory);
+    let sealed = SealedMemory::load(&to.memory).unwrap();
+    turn(&to.state);
+    let from = Origin::Template(Snapshot { state: to.state.clone(), memory: sealed.path() });
+    let again = VmPlan { memory: Memory::Own, from, ..plan.clone() };
+    let e = Holder::launch(program(), &driver.launch_spec(&again).unwrap()).await.unwrap_err();
+    assert!(e.message.contains("not what was saved"), "{e}");
+    turn(&to.state);
 }
 
 fn up_holder(plan: &VmPlan) -> Holder {

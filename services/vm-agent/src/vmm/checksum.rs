@@ -5,10 +5,7 @@
 //! disks that forget, not against anybody who may write to the file.
 
 use bothy_contract::{Code, Error};
-use std::{
-    io,
-    os::{fd::AsFd, unix::fs::FileExt},
-};
+use std::{io, os::fd::AsFd};
 
 /// What is told apart: a page of the guest, and a block of any file system.
 pub(super) const BLOCK: usize = 4096;
@@ -96,10 +93,11 @@ pub fn check(file: &fs_err::File) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::FileExt;
 
     #[test]
     fn a_changed_byte_is_seen_and_zeros_that_were_written_are_none() {
-        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR_OR_HERE")).unwrap();
+        let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("memory");
         fs_err::write(&path, "x").unwrap();
         let file = fs_err::OpenOptions::new().read(true).write(true).open(&path).unwrap();

@@ -7,6 +7,7 @@
 //! what a saved one is; [`passing`] hands files over.
 
 pub mod accel;
+pub mod checksum;
 mod choice;
 pub mod clock;
 pub mod firecracker;

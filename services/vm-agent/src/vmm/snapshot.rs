@@ -106,17 +106,18 @@ impl Holder {
         let reply: SaveReply = self.ask_to_save(&request, &[&state.file, &memory.file]).await?;
         let (to, uid) = (to.clone(), self.uid());
         let keep = move || {
+            if what == Save::Devices {
+                // A template has checksums; whoever waits for a guest to be suspended does not wait for one.
+                state.count()?;
+                if reply.memory_written {
+                    memory.count()?;
+                }
+            }
             let memory = match (reply.memory_written, what) {
                 (true, _) => Some(memory.name(&to.memory)?),
                 (false, Save::Devices) => Some(take_over(&to.memory, uid)?),
                 (false, Save::Whole { .. }) => None,
             };
-            if what == Save::Devices {
-                // Of all files of a template; a guest that is suspended is not kept waiting for that.
-                for unnamed in [Some(&state), memory_file.as_ref()].into_iter().flatten() {
-                    unnamed.count()?;
-                }
-            }
             // Last: where the state is, all is.
             let state = state.name(&to.state)?;
             Ok(Saved { state_bytes: state.len(), memory_bytes: memory.map(|file| file.blocks() * 512) })
@@ -160,6 +161,14 @@ impl Unnamed {
         };
         let file = rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR).map_err(|e| failed(e.into()))?;
         Ok(Self { file: fs_err::File::from_parts(file.into(), path) })
+    }
+
+    /// Writes its checksum down. Blocks.
+    fn count(&self) -> Result<(), Error> {
+        // It is open for writing only, as QEMU wants it.
+        let read = fs_err::File::open(format!("/proc/self/fd/{}", self.file.file().as_raw_fd()));
+        let counted = read.and_then(|file| checksum::of(&file)?.keep(&self.file));
+        counted.map_err(|e| Error::internal("cannot write down a saved guest's checksum", &e))
     }
 
     /// Brings it to the disk, then into place of whatever has that name. Blocks.
@@ -273,7 +282,7 @@ fn copy_and_count(from: &fs_err::File, to: &fs_err::File) -> io::Result<Checksum
     each_chunk(from, |start, chunk| {
         // Blocks side by side in one go.
         let (mut from, mut at) = (0, 0);
-        let mut write = |from: usize, to_here: usize| match chunk.get(from..to_here) {
+        let write = |from: usize, to_here: usize| match chunk.get(from..to_here) {
             Some(run) if !run.is_empty() => to.file().write_all_at(run, start + from as u64),
             _ => Ok(()),
         };
@@ -308,6 +317,8 @@ pub(super) fn each_chunk(
             at += most as u64;
         }
     }
+    // Looking for data has moved the place at which whoever gets the descriptor begins to read.
+    rustix::fs::seek(file, SeekFrom::Start(0))?;
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 use crate::os_error;
 use bothy_contract::{Code, Error};
 use bothy_vm_agent::vmm::{
-    SealedMemory,
+    SealedMemory, checksum,
     wire::{self, LaunchSpec, MemoryFile, Monitor},
 };
 use fs_err::os::unix::fs::OpenOptionsExt;
@@ -48,10 +48,15 @@ impl Files {
         };
         let state = match (&spec.restore, &spec.monitor) {
             (None, _) => State::None,
-            (Some(restore), Monitor::Qmp) => State::Held(
-                fs_err::File::open(&restore.state)
-                    .map_err(|err| lost(err, "cannot open what the guest was saved into"))?,
-            ),
+            (Some(restore), Monitor::Qmp) => {
+                let file = fs_err::File::open(&restore.state)
+                    .map_err(|err| lost(err, "cannot open what the guest was saved into"))?;
+                if restore.memory_apart {
+                    // Small enough.
+                    checksum::check(&file)?;
+                }
+                State::Held(file)
+            }
             (Some(restore), Monitor::Api { .. }) => State::Copied(SealedMemory::load(&restore.state)?),
         };
         Ok(Self { memory, state })
