@@ -2,8 +2,8 @@
 //! somebody flushed or edited our tables, one that replaces them whole.
 //!
 //! Under `allow`, memory knows which name an address was handed out for, so that a policy that changes keeps what it still
-//! covers; the kernel knows until when. A new agent takes over the addresses that it finds in the kernel, without their
-//! names: those end with the next change of the policy.
+//! covers; the kernel knows until when. A new agent takes over the addresses that it finds in the kernel, and their names
+//! from the lease table; one whose name is not there ends with the next change of the policy.
 
 pub mod listing;
 
@@ -25,6 +25,14 @@ use tokio::time::Instant;
 /// Shortest and longest time that an address can be connected to after its name was resolved. Shorter than the shortest
 /// is of no use to a client that resolves first and connects then; a resolver of ours hands out no longer TTL.
 pub const GRANT_TIMES: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(3600));
+
+/// How many names are known of one address; one more is let through all the same, and forgotten.
+const MAX_NAMES: usize = 8;
+/// How many names a slot can have in all, one that several addresses have counted for each.
+pub const MAX_GRANTED: usize = MAX_ADDRESSES * MAX_NAMES;
+
+/// The names that addresses were handed out for, by slot and address.
+pub type Granted = BTreeMap<u32, BTreeMap<IpAddr, BTreeSet<String>>>;
 
 /// The rules in the kernel and what they should be.
 #[derive(Debug)]
@@ -93,10 +101,11 @@ impl Firewall {
     }
 
     /// Replaces our tables, or makes them, for the slots of leases and what they may reach. Addresses that slots under
-    /// `allow` had stay.
+    /// `allow` had stay, as the `granted` names.
     pub async fn start(
         &self,
         held: &BTreeMap<u32, Egress>,
+        granted: &Granted,
         (uplinks, uplinks6): (BTreeSet<String>, BTreeSet<String>),
         guard6: bool,
     ) -> Result<(), Error> {
@@ -105,7 +114,9 @@ impl Firewall {
         let now = Instant::now();
         let policies = held.iter().filter_map(|(slot, egress)| {
             let grants = found.remove(slot).unwrap_or_default().into_iter().map(|(address, left)| {
-                (address, Grant { until: left.map(|left| now + left), names: BTreeSet::new() })
+                let known = granted.get(slot).and_then(|of| of.get(&address)).into_iter().flatten();
+                let names = known.filter(|name| egress.covers(name)).cloned().collect();
+                (address, Grant { until: left.map(|left| now + left), names })
             });
             let policy = match egress {
                 Egress::None => return None,
@@ -177,6 +188,15 @@ impl Firewall {
         .await
     }
 
+    /// Whether all of the addresses are known as `name`'s, or as so many others' that one more is not kept.
+    pub async fn knows(&self, slot: u32, name: &str, addresses: &[(IpAddr, Duration)]) -> bool {
+        let wanted = self.wanted.lock().await;
+        let Some(Policy::Allow(grants)) = wanted.policies.get(&slot) else { return false };
+        addresses.iter().all(|(address, _)| {
+            grants.get(address).is_some_and(|g| g.names.contains(name) || g.names.len() >= MAX_NAMES)
+        })
+    }
+
     /// Lets a slot reach the addresses of `name`, each for its time to live. Returns once the kernel knows. A slot that
     /// is not under `allow` is fine: it reaches everything, or nothing by names.
     ///
@@ -199,7 +219,9 @@ impl Firewall {
                     }
                 }
                 let grant = grants.entry(*address).or_default();
-                grant.names.insert(name.to_owned());
+                if grant.names.len() < MAX_NAMES {
+                    grant.names.insert(name.to_owned());
+                }
                 // One that runs on as long as is asked for, but for a second, needs no transaction.
                 if grant.until.is_none_or(|until| until + Duration::from_secs(1) < now + ttl) {
                     grant.until = Some(now + ttl);

@@ -1,6 +1,9 @@
 //! The lease table and what else must outlive the agent, in its SQLite file.
 
-use crate::plan::{Plan, Slot};
+use crate::{
+    firewall::Granted,
+    plan::{Plan, Slot},
+};
 use bothy_contract::{
     Code, Error, VmId, VmName,
     net::{Egress, Publish},
@@ -9,7 +12,11 @@ use bothy_db::{
     Db,
     rusqlite::{Connection, OptionalExtension, params},
 };
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    path::Path,
+};
 
 /// Address and uid follow from the slot; they are kept to notice a configuration that was changed under the leases.
 const MIGRATIONS: &[&str] = &[
@@ -34,6 +41,15 @@ const MIGRATIONS: &[&str] = &[
     -- Settings below /proc/sys/net other than IPv4 forwarding that we changed, and what they were.
     CREATE TABLE setting (path TEXT PRIMARY KEY, was TEXT NOT NULL, ours TEXT NOT NULL) STRICT;
 "#,
+    "
+    -- The names that a slot's addresses were handed out for. Which of them it may reach still, the kernel says.
+    CREATE TABLE granted (
+        slot INTEGER NOT NULL,
+        address TEXT NOT NULL,
+        name TEXT NOT NULL,
+        PRIMARY KEY (slot, address, name)
+    ) STRICT, WITHOUT ROWID;
+",
 ];
 
 /// A lease as it is stored.
@@ -166,6 +182,61 @@ impl Leases {
             Ok(())
         };
         Ok(self.0.read(update).await?)
+    }
+
+    /// The names that addresses were handed out for.
+    pub async fn granted(&self) -> Result<Granted, Error> {
+        let rows = self
+            .0
+            .read(|conn| {
+                let mut query = conn.prepare("SELECT slot, address, name FROM granted")?;
+                let rows = query.query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?;
+                Ok(rows.collect::<Result<Vec<(u32, String, String)>, _>>()?)
+            })
+            .await?;
+        let mut granted = Granted::new();
+        for (slot, address, name) in rows {
+            if let Ok(address) = address.parse() {
+                granted.entry(slot).or_default().entry(address).or_default().insert(name);
+            }
+        }
+        Ok(granted)
+    }
+
+    /// Notes that addresses are about to be handed out to a slot for `name`. Returns how many such notes it has.
+    pub async fn note_granted(&self, slot: u32, name: &str, addresses: Vec<IpAddr>) -> Result<usize, Error> {
+        let name = name.to_owned();
+        let insert = move |conn: &Connection| {
+            let mut insert =
+                conn.prepare_cached("INSERT OR IGNORE INTO granted (slot, address, name) VALUES (?, ?, ?)")?;
+            for address in addresses {
+                insert.execute(params![slot, address.to_string(), name])?;
+            }
+            let mut count = conn.prepare_cached("SELECT count(*) FROM granted WHERE slot = ?")?;
+            Ok(count.query_row([slot], |row| row.get::<_, u32>(0))?)
+        };
+        Ok(usize::try_from(self.0.read(insert).await?).unwrap_or(usize::MAX))
+    }
+
+    /// Forgets all such notes of a slot but `names`.
+    pub async fn keep_granted(
+        &self,
+        slot: u32,
+        names: BTreeMap<String, BTreeSet<IpAddr>>,
+    ) -> Result<(), Error> {
+        let replace = move |conn: &Connection| {
+            let change = conn.unchecked_transaction()?;
+            change.execute("DELETE FROM granted WHERE slot = ?", [slot])?;
+            for (name, addresses) in names {
+                for address in addresses {
+                    change
+                        .prepare_cached("INSERT INTO granted (slot, address, name) VALUES (?, ?, ?)")?
+                        .execute(params![slot, address.to_string(), name])?;
+                }
+            }
+            Ok(change.commit()?)
+        };
+        Ok(self.0.read(replace).await?)
     }
 
     /// Something that was chosen once for this host.

@@ -90,7 +90,7 @@ impl Network {
         let uplinks = leases.forwarding().await?.into_iter().collect();
         let uplinks = (uplinks, forwarding6::uplinks_of(&leases).await?);
         let guard6 = forwarding6::is_guarded(&leases).await?;
-        devices.firewall.start(&policies, uplinks, guard6).await?;
+        devices.firewall.start(&policies, &leases.granted().await?, uplinks, guard6).await?;
         forwarding::refresh(&leases, &devices.firewall).await?;
         let bridge = devices.bridge().await?;
         let warm = upkeep::adopt(&devices, &held, bridge).await?;

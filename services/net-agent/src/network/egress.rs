@@ -2,7 +2,7 @@
 //! was denied.
 
 use super::{Inner, Network, ensure_up};
-use crate::leases::Held;
+use crate::{firewall::MAX_GRANTED, leases::Held};
 use bothy_contract::{
     Error, VmId,
     net::{AcquireLease, Allowed, Denied, Egress, EgressReport},
@@ -108,7 +108,16 @@ impl Network {
         if !policy.is_some_and(|policy| policy.covers(name)) {
             return Err(Error::not_found(format!("{guest} may not reach {name}")));
         }
-        net.devices.firewall.allow(slot, &plain(name), addresses).await
+        let (firewall, name) = (&net.devices.firewall, plain(name));
+        // Written down first: what the kernel has and nobody can name ends with the next change of the policy.
+        if !firewall.knows(slot, &name, addresses).await {
+            let all = addresses.iter().map(|(address, _)| *address).collect();
+            if net.leases.note_granted(slot, &name, all).await? > MAX_GRANTED {
+                // Some are of addresses that it reaches no more.
+                net.leases.keep_granted(slot, firewall.reached(slot).await).await?;
+            }
+        }
+        firewall.allow(slot, &name, addresses).await
     }
 
     /// Notes that the VM with address `guest` asked for a name that its policy does not cover.
@@ -147,6 +156,11 @@ impl Inner {
         }
         let now = self.held(vm)?;
         self.vms().insert(vm, Held { egress: egress.clone(), ..now });
+        // What stays too long does no harm: a name that the policy does not cover counts for nothing.
+        let names = firewall.reached(held.slot).await;
+        if let Err(error) = self.leases.keep_granted(held.slot, names).await {
+            tracing::warn!(%vm, %error, "names that a VM does not reach any more are not struck out");
+        }
         Ok(())
     }
 }

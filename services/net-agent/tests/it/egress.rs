@@ -162,6 +162,10 @@ fn names_outlive_the_agent_and_a_flush() {
         let net = Network::start(&world.config).await.unwrap();
         assert_eq!(net.policy_of(guest), Some(allow(&["a.test"])));
         assert!(echo(&mut open) && connect(&m.ns, OUTSIDE, 80).is_ok(), "nothing was interrupted");
+        let report = net.egress_report(vm).await.unwrap();
+        assert!(report.allowed.iter().any(|a| a.name == "a.test" && a.addresses == [OUTSIDE]), "{report:?}");
+        net.set_egress(vm, allow(&["a.test", "c.test"])).await.unwrap();
+        assert!(echo(&mut open) && connect(&m.ns, OUTSIDE, 80).is_ok(), "still covered by its name");
         net.set_egress(vm, allow(&["b.test"])).await.unwrap();
         assert!(refused(&connect(&m.ns, OUTSIDE, 80)));
     });

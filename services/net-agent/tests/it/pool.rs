@@ -220,7 +220,10 @@ fn a_host_that_forwards_ipv6_by_us_forwards_for_guests_only() {
         let plan = Plan::new(&world.config).unwrap().with_prefix6(Some("fd00::".parse().unwrap()));
         let firewall = Firewall::open(std::sync::Arc::new(plan)).unwrap();
         let guard = r#"{"key": "nfproto"}}, "right": "ipv6"}}, {"drop": null}]"#;
-        firewall.start(&[(1, Egress::Open)].into(), Default::default(), false).await.unwrap();
+        firewall
+            .start(&[(1, Egress::Open)].into(), &Default::default(), Default::default(), false)
+            .await
+            .unwrap();
         assert!(!ruleset().contains(guard));
         firewall.set_guard6(true).await.unwrap();
         assert!(ruleset().contains(guard) && ruleset().contains("fd00::2"), "{}", ruleset());
