@@ -48,7 +48,7 @@ const MIGRATIONS: &[&str] = &[
         address TEXT NOT NULL,
         name TEXT NOT NULL,
         PRIMARY KEY (slot, address, name)
-    ) STRICT, WITHOUT ROWID;
+    ) STRICT;
 ",
 ];
 
