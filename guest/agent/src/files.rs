@@ -109,7 +109,9 @@ pub(crate) fn write(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
 pub(crate) fn overwrite(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     let now = fs_err::symlink_metadata(path).ok();
     let Some(now) = now.filter(|now| {
-        now.is_file() && now.permissions().mode() & 0o7777 == mode && std::os::unix::fs::MetadataExt::nlink(now) == 1
+        now.is_file()
+            && now.permissions().mode() & 0o7777 == mode
+            && std::os::unix::fs::MetadataExt::nlink(now) == 1
     }) else {
         return write(path, content, mode);
     };
@@ -169,7 +171,8 @@ mod tests {
         let (plain, link, linked) = (dir.path().join("a"), dir.path().join("b"), dir.path().join("c"));
         fs_err::write(&plain, "a longer line").unwrap();
         fs_err::set_permissions(&plain, std::fs::Permissions::from_mode(0o600)).unwrap();
-        let inode = |path: &Path| std::os::unix::fs::MetadataExt::ino(&fs_err::symlink_metadata(path).unwrap());
+        let inode =
+            |path: &Path| std::os::unix::fs::MetadataExt::ino(&fs_err::symlink_metadata(path).unwrap());
         let before = inode(&plain);
         for content in ["short", "a longer line again", "same mode"] {
             overwrite(&plain, content.as_bytes(), 0o600).unwrap();

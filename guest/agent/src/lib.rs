@@ -29,6 +29,7 @@ mod personalise;
 mod port;
 mod ports;
 mod pty;
+mod rank;
 mod service;
 mod shutdown;
 mod systemd;

@@ -386,7 +386,10 @@ mod tests {
         assert_eq!(own, ["10.77.0.9/24", "fd00:0:0:1::9/64", "fe80::5054:ff:fe00:9/64"], "{addresses}");
         assert!(!addresses.contains("tentative") && addresses.contains("brd 10.77.0.255"), "{addresses}");
         assert!(routes.contains("default via 10.77.0.254") && !routes.contains("10.77.0.1 "), "{routes}");
-        assert!(routes6.contains("via fd00:0:0:1::fe") && !routes6.contains("via fd00:0:0:1::1 "), "{routes6}");
+        assert!(
+            routes6.contains("via fd00:0:0:1::fe") && !routes6.contains("via fd00:0:0:1::1 "),
+            "{routes6}"
+        );
         assert!(link.contains("52:54:00:00:00:09"), "{link}");
         netns.block_on(async { known(&moved).await.unwrap().turn_into(&nic(8)).unwrap() });
         assert_eq!(seen(), eight, "and back");

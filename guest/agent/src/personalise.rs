@@ -54,9 +54,7 @@ pub(crate) async fn apply(
     steps: &Steps,
 ) -> io::Result<Option<Ipv4Addr>> {
     // Randomness and time first: what follows may want both.
-    steps
-        .run("entropy", || identity::add_entropy(&request.entropy))
-        .map_err(|e| named("add entropy", &e))?;
+    steps.run("entropy", || identity::add_entropy(&request.entropy)).map_err(|e| named("add entropy", &e))?;
     if request.unix_time_us != 0 {
         steps
             .run("clock", || identity::set_clock(request.unix_time_us))

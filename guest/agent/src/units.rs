@@ -74,8 +74,10 @@ pub(crate) async fn restart(units: &[String]) -> io::Result<()> {
     }
     let names: Vec<&str> = units.iter().map(String::as_str).collect();
     let now = manager.settled(&names, PATIENCE).await?.into_iter();
-    let bad: Vec<String> =
-        now.filter(|unit| unit.active != "active").map(|unit| format!("{} is {}", unit.name, unit.active)).collect();
+    let bad: Vec<String> = now
+        .filter(|unit| unit.active != "active")
+        .map(|unit| format!("{} is {}", unit.name, unit.active))
+        .collect();
     if bad.is_empty() {
         return Ok(());
     }

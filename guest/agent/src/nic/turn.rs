@@ -153,7 +153,8 @@ fn answers(socket: &OwnedFd, last: u32) -> io::Result<()> {
         };
         let mut rest = buffer.get(..read).unwrap_or_default();
         while !rest.is_empty() {
-            let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest).map_err(io::Error::other)?;
+            let answer =
+                NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest).map_err(io::Error::other)?;
             if let NetlinkPayload::Error(error) = &answer.payload
                 && let Some(code) = error.code
             {

@@ -22,7 +22,7 @@ use crate::boot::by_serial;
 use crate::nic::{self, Nic};
 use crate::personalise::Prepared;
 use crate::timeline::{Step, Steps, now_us};
-use crate::{freezer, identity, kmsg, neighbours, personalise, units, workdisk};
+use crate::{freezer, identity, kmsg, neighbours, personalise, rank, units, workdisk};
 
 /// How long the processes of a template stand still after the reply: it shall not have to wait for them.
 const REPLY: Duration = Duration::from_millis(3);
@@ -35,6 +35,8 @@ const MORE_LEISURE: Duration = Duration::from_secs(3);
 #[derive(Debug, Default)]
 pub(super) struct Held {
     processes: bool,
+    /// Processes that come after everybody else.
+    low: Vec<i32>,
     timers: Vec<String>,
     /// Units to be restarted, where that is known.
     restart: Option<Vec<String>>,
@@ -44,6 +46,7 @@ pub(super) struct Held {
 /// What a `Personalise` has to leave for later.
 #[derive(Debug)]
 struct Later {
+    low: Vec<i32>,
     timers: Vec<String>,
     restart: Vec<String>,
     home: String,
@@ -100,6 +103,7 @@ impl Guest {
         if let Some(now) = identity.as_ref().filter(|now| now.template) {
             let nic = now.nic.as_ref().map(Nic::parse).transpose().map_err(Status::internal)?;
             left.extend(steps.wait("prepare", self.prepare(nic)).await);
+            self.held().low = rank::lower();
             // From here on: a failure half-way leaves some held, and the next Personalise lets all go.
             self.held().processes = true;
             let frozen = blocking("hold the processes still", {
@@ -178,7 +182,10 @@ impl Guest {
             return Ok(());
         }
         let home = home.to_owned();
-        let grown = tokio::task::spawn_blocking(move || workdisk::grow_work(Path::new(&home), 0));
+        let grown = tokio::task::spawn_blocking(move || {
+            workdisk::barriers(Path::new(&home))?;
+            workdisk::grow_work(Path::new(&home), 0)
+        });
         grown.await.map_err(io::Error::other)?.map(drop)
     }
 
@@ -189,6 +196,9 @@ impl Guest {
         let mut tasks = Vec::new();
         if held.processes {
             tasks.push(Task::Processes);
+        }
+        if !held.low.is_empty() {
+            tasks.push(Task::Rank);
         }
         let known = held.restart.take().filter(|_| now.restart_units.is_empty());
         let restart = match known {
@@ -214,7 +224,7 @@ impl Guest {
             tasks.push(Task::Journal);
         }
         self.0.pending.begin(&tasks);
-        let later = Later { timers: held.timers, restart, home: now.home.clone(), ids };
+        let later = Later { low: held.low, timers: held.timers, restart, home: now.home.clone(), ids };
         let guest = self.clone();
         tokio::spawn(async move {
             for task in tasks {
@@ -231,7 +241,7 @@ impl Guest {
     async fn wait_for_turn(&self, task: Task) {
         match task {
             Task::Processes => tokio::time::sleep(REPLY).await,
-            Task::Services | Task::Grow => {
+            Task::Rank | Task::Services | Task::Grow => {
                 let hurry = self.0.pending.hurried();
                 let _ = tokio::time::timeout(LEISURE, hurry).await;
             }
@@ -245,6 +255,10 @@ impl Guest {
             Task::Processes => {
                 let thawed = tokio::task::spawn_blocking(|| freezer::thaw(Path::new(freezer::ROOT)));
                 thawed.await.map_err(io::Error::other)?
+            }
+            Task::Rank => {
+                rank::raise(&later.low);
+                Ok(())
             }
             Task::Services => units::restart(&later.restart).await,
             Task::Grow => {

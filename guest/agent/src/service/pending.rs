@@ -23,6 +23,8 @@ struct State {
 pub(super) enum Task {
     /// Those that stood still go on.
     Processes,
+    /// They come before nobody's commands any more, nor after.
+    Rank,
     /// The work disk's file system gets its disk's size.
     Grow,
     /// Services that must know the new identity are restarted.
@@ -37,6 +39,7 @@ impl Task {
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Processes => "processes",
+            Self::Rank => "rank",
             Self::Grow => "grow",
             Self::Services => "services",
             Self::Timers => "timers",
