@@ -67,7 +67,7 @@ fn prepare_rootfs() {
 #[test]
 fn prepare_work_disk() {
     require_root!();
-    stage("prepare_work_disk", &[Break::NoWorkSeed]);
+    stage("prepare_work_disk", &[Break::TornRootfs]);
 }
 
 #[test]

@@ -16,9 +16,10 @@ use bothy_contract::{
     image::{BootSet, ImageManifest},
 };
 use std::{
+    collections::BTreeSet,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex},
 };
 use tokio::sync::RwLock;
 
@@ -31,6 +32,8 @@ pub(crate) struct Agent {
     pub(crate) disks: Disks,
     /// Read by whoever begins to use an image, written by whoever removes some.
     pub(crate) using: Arc<RwLock<()>>,
+    /// The images whose work-seed is being made anew.
+    pub(crate) healing: Arc<Mutex<BTreeSet<ImageName>>>,
     /// The archives on their way in.
     pub(crate) intake: Arc<Intake>,
     initramfs: Arc<Initramfs>,
@@ -73,6 +76,7 @@ impl Agent {
             store: Store::new(&store),
             disks: Disks::new(disks, templates, config.vm.uid_base..config.vm.uid_base.saturating_add(slots)),
             using: Arc::default(),
+            healing: Arc::default(),
             intake: Arc::new(Intake::new(config.ticket_socket(Service::Image), home.join("incoming"))),
             initramfs: Arc::new(Initramfs::new(initramfs, config.image.guest_binary.clone())),
             recipes: config.image.recipe_dir.clone(),

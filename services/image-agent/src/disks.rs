@@ -44,6 +44,17 @@ pub(crate) struct Disks {
     growing: Arc<Mutex<()>>,
 }
 
+/// What a work disk is made from.
+#[derive(Debug)]
+pub(crate) struct Seed {
+    /// The file.
+    pub(crate) path: PathBuf,
+    /// Its size.
+    pub(crate) size: u64,
+    /// How it was come by, where it is not the image's own.
+    pub(crate) how: Option<String>,
+}
+
 impl Disks {
     /// Disks below `dir`, and those of templates below `templates`, for the VMMs' users `uids`.
     pub(crate) fn new(dir: PathBuf, templates: PathBuf, uids: Range<u32>) -> Self {
@@ -82,14 +93,14 @@ impl Disks {
         }
     }
 
-    /// Makes a VM's work disk ready.
-    pub(crate) fn work(
+    /// Makes a VM's work disk ready, from what `seed` gives where it is not there yet. `seed` may make a directory with a dot
+    /// in front in the VM's, which is given to it; what it gives from there is removed afterwards.
+    pub(crate) fn work_with(
         &self,
-        store: &Store,
         vm: VmId,
-        image: &ImageName,
         uid: u32,
         mib: u64,
+        seed: impl FnOnce(&Path) -> Result<Seed, Error>,
     ) -> Result<WorkDisk, Error> {
         self.check_uid(uid)?;
         let home = self.dir.join(vm.to_string());
@@ -97,15 +108,18 @@ impl Disks {
         if self.keep(&path, uid, mib)? {
             return Ok(WorkDisk { path, how: "kept".to_owned() });
         }
-        let image = store.open(image)?;
-        let (seed, from) = image.artifact("work-seed")?;
-        check_size("the work disk", mib, seed.size)?;
-        let made = self.make_home(&home).and_then(|()| self.make(&from, &path, uid, mib));
-        let how = made.map_err(|e| {
-            self.remove_empty(&home);
-            fault::io(format!("cannot make the work disk of VM {vm}"), &e)
-        })?;
-        Ok(WorkDisk { path, how: how.word().to_owned() })
+        let failed = |e: io::Error| fault::io(format!("cannot make the work disk of VM {vm}"), &e);
+        self.make_home(&home).map_err(failed)?;
+        let made = seed(&home).and_then(|seed| {
+            let how = check_size("the work disk", mib, seed.size)
+                .and_then(|()| self.make(&seed.path, &path, uid, mib).map_err(failed));
+            if let Some(scratch) = seed.path.parent().filter(|dir| dir.starts_with(&home)) {
+                fs_err::remove_dir_all(scratch).map_err(failed)?;
+            }
+            how.map(|how| seed.how.unwrap_or_else(|| how.word().to_owned()))
+        });
+        let how = made.inspect_err(|_| self.remove_empty(&home))?;
+        Ok(WorkDisk { path, how })
     }
 
     /// Removes all disks of a VM, if it has any.
@@ -137,7 +151,12 @@ impl Disks {
             for entry in fs_err::read_dir(&home).map_err(failed)? {
                 let path = entry.map_err(failed)?.path();
                 if path.file_name().is_some_and(|n| n.as_encoded_bytes().starts_with(b".")) {
-                    fs_err::remove_file(&path).map_err(failed)?;
+                    let removed = if path.is_dir() {
+                        fs_err::remove_dir_all(&path)
+                    } else {
+                        fs_err::remove_file(&path)
+                    };
+                    removed.map_err(failed)?;
                 }
             }
             self.remove_empty(&home);
@@ -243,6 +262,24 @@ mod tests {
         pub(super) store: Store,
         pub(super) disks: Disks,
         pub(super) image: ImageName,
+    }
+
+    impl Disks {
+        /// A work disk from the image's own seed.
+        pub(super) fn work(
+            &self,
+            store: &Store,
+            vm: VmId,
+            image: &ImageName,
+            uid: u32,
+            mib: u64,
+        ) -> Result<WorkDisk, Error> {
+            self.work_with(vm, uid, mib, |_| {
+                let image = store.open(image)?;
+                let (artifact, path) = image.artifact("work-seed")?;
+                Ok(Seed { path, size: artifact.size, how: None })
+            })
+        }
     }
 
     fn host_at(dir: tempfile::TempDir, root: PathBuf) -> Host {

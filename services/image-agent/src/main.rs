@@ -23,6 +23,7 @@ mod promote;
 mod recipe;
 mod register;
 mod remove;
+mod seeds;
 mod service;
 mod store;
 mod tools;

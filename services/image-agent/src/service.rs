@@ -1,6 +1,6 @@
 //! The image-agent's methods on the bus. Each is one call of what [`Agent`] owns, made where file work holds up nobody.
 
-use crate::{agent::Agent, builds, fault::blocking, kernels, promote, register, remove, verify};
+use crate::{agent::Agent, builds, fault::blocking, kernels, promote, register, remove, seeds, verify};
 use bothy_bus::{Client, Server};
 use bothy_contract::{
     Error,
@@ -90,7 +90,7 @@ pub(crate) async fn run(
             if ask.placeholder {
                 return a.disks.placeholder(ask.vm, ask.uid);
             }
-            a.disks.work(&a.store, ask.vm, &ask.image, ask.uid, ask.work_mib)
+            seeds::work(&a, &ask)
         }))
         .serve::<ImageDisksRelease, _, _>(on!(|a, ask| a.disks.release(ask.vm).map(|()| Done {})))
         .serve::<ImageDisksList, _, _>(on!(|a, _ask| Ok(DiskList { vms: a.disks.list()? })))

@@ -9,6 +9,7 @@ mod check;
 mod kernels;
 mod publish;
 mod remove;
+mod seed;
 
 pub(crate) use blobs::Garbage;
 pub(crate) use publish::Over;
@@ -180,13 +181,14 @@ impl Store {
         Ok(manifest)
     }
 
-    /// One image whose files are all there and are what its manifest says, as far as a look at them shows.
+    /// One image whose files are all there and are what its manifest says, as far as a look at them shows. The work-seed is
+    /// not looked at: see [`Store::check_seed`].
     pub(crate) fn open(&self, name: &ImageName) -> Result<Image, Error> {
         let image = Image { dir: self.dir_of(name), manifest: self.show(name)? };
         for (role, _) in ROLES {
             image.artifact(role)?;
         }
-        self.check(&image, |_| true)?;
+        self.check(&image, |role| role != "work-seed")?;
         Ok(image)
     }
 }
@@ -263,16 +265,16 @@ pub(crate) mod tests {
             assert!(err.message.contains(why), "{err}");
             assert!(err.hint.unwrap().contains("bothy image build a --force"));
         };
-        let seed = store.dir_of(&name).join("work-seed.ext4");
+        let seed = store.dir_of(&name).join("system-seed.ext4");
         fs_err::write(&seed, "torn").unwrap();
-        refused("work-seed.ext4 is torn: 4 bytes of 10");
+        refused("system-seed.ext4 is torn: 4 bytes of 10");
         fs_err::remove_file(&seed).unwrap();
-        refused("work-seed.ext4 is missing");
+        refused("system-seed.ext4 is missing");
         // A link is not followed: it is judged by its own length, whatever lies behind it.
         let behind = dir.path().join("behind");
         fs_err::write(&behind, [0; 10]).unwrap();
         std::os::unix::fs::symlink(&behind, &seed).unwrap();
-        refused("work-seed.ext4 is torn");
+        refused("system-seed.ext4 is torn");
         fs_err::remove_file(&seed).unwrap();
         let mut evil = plant(&store, "a", 10);
         evil.artifacts.get_mut("kernel").unwrap().file = "../../x".into();

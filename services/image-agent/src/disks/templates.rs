@@ -150,7 +150,8 @@ impl Disks {
         let mut templates = Vec::new();
         for entry in fs_err::read_dir(&self.templates).map_err(failed)? {
             let name = entry.map_err(failed)?.file_name();
-            templates.extend(name.to_str().and_then(|name| name.trim_start_matches('.').parse::<VmId>().ok()));
+            templates
+                .extend(name.to_str().and_then(|name| name.trim_start_matches('.').parse::<VmId>().ok()));
         }
         templates.sort();
         Ok(templates)

@@ -89,7 +89,24 @@ impl Store {
 
     /// Computes all digests of an image anew and keeps the stamps of what is right.
     pub(crate) fn verify(&self, name: &ImageName, beat: Beat<'_>) -> Result<Verified, Error> {
-        let image = Image { dir: self.dir_of(name), manifest: self.show(name)? };
+        loop {
+            let image = Image { dir: self.dir_of(name), manifest: self.show(name)? };
+            let verified = self.verify_once(&image, beat)?;
+            // A file that was replaced meanwhile, with the manifest, is not damaged. (Stamps are changed as well.)
+            if verified.is_whole() || self.digests_now(name)? == digests(&image.manifest) {
+                return Ok(verified);
+            }
+        }
+    }
+
+    /// The digests that the manifest says when nobody is changing it.
+    fn digests_now(&self, name: &ImageName) -> Result<Vec<String>, Error> {
+        let _lock = self.change();
+        Ok(digests(&self.show(name)?))
+    }
+
+    fn verify_once(&self, image: &Image, beat: Beat<'_>) -> Result<Verified, Error> {
+        let name = &image.manifest.name;
         let (mut files, mut stamps) = (Vec::new(), Vec::new());
         for role in image.manifest.artifacts.keys() {
             let (artifact, path) = image.artifact(role)?;
@@ -121,6 +138,10 @@ impl Store {
         }
         Ok(Verified { image: name.clone(), files })
     }
+}
+
+fn digests(manifest: &ImageManifest) -> Vec<String> {
+    manifest.artifacts.values().map(|a| a.sha256.clone()).collect()
 }
 
 #[cfg(test)]

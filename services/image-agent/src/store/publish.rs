@@ -90,6 +90,7 @@ impl Store {
             artifact.size = meta.len();
             artifact.stamp = Some(super::check::stamp(&meta));
         }
+        manifest.seed_fingerprint = Some(super::seed::fingerprint(&manifest));
         let written = || {
             write_manifest(dir, &manifest)?;
             fs_err::set_permissions(dir, std::fs::Permissions::from_mode(0o755))?;

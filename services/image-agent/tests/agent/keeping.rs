@@ -3,15 +3,15 @@
 use crate::host::{Host, MIB, ended};
 use bothy_bus::Client;
 use bothy_contract::{
-    Code, ImageName,
+    Code, ImageName, VmId,
     catalogue::{
         ImportKernel, KernelRef, KernelSource, ListKernels, PromoteImage, RegisterImage, Verified,
         VerifyImages,
     },
-    image::{ImageManifest, ImageRef, InitStyle},
+    image::{ImageManifest, ImageRef, InitStyle, PrepareWorkDisk},
     methods::{
-        ImageOpCancel, ImagePromote, ImageRegister, ImageResolve, ImageShow, ImageVerify, KernelImport,
-        KernelListAll, KernelRemove,
+        ImageOpCancel, ImagePromote, ImageRegister, ImageResolve, ImageShow, ImageVerify,
+        ImageWorkDiskPrepare, KernelImport, KernelListAll, KernelRemove,
     },
     op::{OpRecord, OpRef, OpState},
 };
@@ -263,4 +263,59 @@ async fn kernels_are_imported_used_and_refused_where_they_do_not_fit() {
     let ask = RegisterImage { rootfs: bad, ..register(&t, &"bad".parse().unwrap(), KernelSource::Rootfs) };
     let err = gateway.call::<ImageRegister>(&ask).await.unwrap_err();
     assert!(err.message.contains("is not an ext4 file system"), "{err}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_create_goes_on_without_its_seed_and_the_seed_comes_back_once() {
+    bothy_testkit::require_root!();
+    let (host, gateway, vm_agent) = Host::start().await;
+    let (t, image) = (things(), "mine".parse::<ImageName>().unwrap());
+    let record = run_register(&gateway, &register(&t, &image, KernelSource::Rootfs)).await;
+    assert_eq!(record.state, OpState::Succeeded, "{record:?}");
+    let uid = host.bus.config.vm.uid_base + 1;
+    let prepare = async || {
+        let ask =
+            PrepareWorkDisk { vm: VmId::new(), image: image.clone(), uid, work_mib: 128, placeholder: false };
+        vm_agent.call::<ImageWorkDiskPrepare>(&ask).await.unwrap()
+    };
+    let dir = host.home().join("store/images/mine");
+    let seed = dir.join("work-seed.ext4");
+    assert!(["reflink", "copy"].contains(&prepare().await.how.as_str()));
+    let edit = |change: &dyn Fn(&mut ImageManifest)| {
+        let path = dir.join("manifest.json");
+        let mut manifest: ImageManifest = serde_json::from_slice(&fs_err::read(&path).unwrap()).unwrap();
+        change(&mut manifest);
+        fs_err::write(&path, serde_json::to_vec(&manifest).unwrap()).unwrap();
+    };
+    for (what, why) in [(0, "is missing"), (1, "was altered"), (2, "is stale")] {
+        match what {
+            0 => fs_err::remove_file(&seed).unwrap(),
+            1 => {
+                // As long as before: only the digest tells.
+                let text = fs_err::read(&seed).unwrap();
+                fs_err::remove_file(&seed).unwrap();
+                fs_err::write(&seed, vec![7; text.len()]).unwrap();
+            }
+            _ => edit(&|manifest| manifest.seed_fingerprint = Some("of another key".to_owned())),
+        }
+        let disks = tokio::join!(prepare(), prepare(), prepare());
+        for disk in [&disks.0, &disks.1, &disks.2] {
+            assert!(debugfs(&disk.path, "cat /.profile").contains("the home's"), "{disk:?}");
+        }
+        assert!(disks.0.how.contains("made anew") && disks.0.how.contains(why), "{disks:?}");
+        // It is back, and whoever comes now has it.
+        while prepare().await.how.contains("made anew") {
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+        let ask = VerifyImages { image: Some(image.clone()), owner: 0 };
+        let op = gateway.call::<ImageVerify>(&ask).await.unwrap().op;
+        let found: Vec<Verified> = serde_json::from_value(ended(&gateway, op).await.result.unwrap()).unwrap();
+        assert!(found.iter().all(Verified::is_whole), "{found:?}");
+    }
+    for entry in fs_err::read_dir(host.home().join("disks")).unwrap() {
+        let left: Vec<_> =
+            fs_err::read_dir(entry.unwrap().path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(left, ["work.ext4"], "nothing is left of the slower way");
+    }
+    drop(t.dir);
 }

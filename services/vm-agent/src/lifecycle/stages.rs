@@ -104,7 +104,8 @@ impl Stages<'_> {
                 cx.note(match disk.how.as_str() {
                     "kept" => "the disk that was there".to_owned(),
                     "placeholder" => disk.how.clone(),
-                    how => format!("work-seed cloned by {how}"),
+                    how @ ("reflink" | "copy") => format!("work-seed cloned by {how}"),
+                    how => how.to_owned(),
                 });
                 Ok(disk)
             },
