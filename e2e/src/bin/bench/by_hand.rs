@@ -1,7 +1,16 @@
 //! What the runs by hand need beside their command lines: disks and keys as bothy makes them.
 
+use bothy_e2e::by_hand::{Recipe, Saved};
 use bothy_guest_proto::v1;
-use std::{path::Path, process::Command};
+use std::{
+    io,
+    path::Path,
+    process::Command,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+/// The size of a work disk.
+const WORK: u64 = 200 << 20;
 
 /// Puts the image's seeds back in place of the pattern's disks, sized as they were.
 pub(crate) fn pristine(image: &Path, disks: &[std::path::PathBuf]) {
@@ -19,6 +28,43 @@ fn seed_of(disk: &Path) -> Option<&'static str> {
         "work.ext4" => Some("work-seed.ext4"),
         _ => None,
     }
+}
+
+/// Makes a template of `recipe` as bothy does: booted as nobody, ready, held still, saved.
+pub(crate) async fn template(
+    recipe: &Recipe,
+    saved: &Saved,
+    system: &Path,
+    keys: Vec<v1::File>,
+) -> io::Result<()> {
+    let mut machine = recipe.begin_template(saved, system).await?;
+    let mut guest = machine.guest().await?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_err(io::Error::other)?;
+    let nobody = v1::PersonaliseRequest {
+        hostname: "template".into(),
+        machine_id: "7".repeat(32),
+        unix_time_us: u64::try_from(now.as_micros()).unwrap_or(u64::MAX),
+        files: keys,
+        init_systemd: true,
+        template: true,
+        ..Default::default()
+    };
+    guest.personalise(nobody).await.map_err(io::Error::other)?;
+    let wait = v1::WaitServiceRequest { port: 22, timeout_ms: 120_000, ..Default::default() };
+    guest.wait_service(wait).await.map_err(io::Error::other)?;
+    guest.quiesce(v1::QuiesceRequest {}).await.map_err(io::Error::other)?;
+    drop(guest);
+    machine.hang_up().await;
+    recipe.save_template(saved, machine).await
+}
+
+/// Restores `saved` to its agent's first answer and ends it; from the VMM's start to that answer.
+pub(crate) async fn resume(recipe: &Recipe, saved: &Saved, work: &Path) -> io::Result<Duration> {
+    fs_err::File::create(work)?.set_len(WORK)?;
+    let (machine, guest, resumed) = recipe.resume(saved, work).await?;
+    drop(guest);
+    machine.end().await?;
+    Ok(resumed.agent)
 }
 
 /// An ssh host key as bothy makes one, so that sshd starts alike.

@@ -5,6 +5,8 @@
 //! - `crowd [vms]`: as many creates at once against as many boots by hand at once.
 //! - `many [vms]`: `bothy vm list` and the agent's start with that many stopped VMs.
 //! - `end [pairs]`: a stop against a power-off typed inside the same guest, and the delete of a stopped VM.
+//! - `template [pairs]`: a create that is resumed, to its first exec, against a restore by hand and against a boot; eight at
+//!   once; and a suspended machine's first exec.
 //! - `idle`: the resident memory of the five services and the bus, with nothing to do.
 #![expect(clippy::print_stdout, reason = "a program for people")]
 #![expect(
@@ -20,6 +22,7 @@ mod crowd;
 mod end;
 mod idle;
 mod many;
+mod template;
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -30,7 +33,10 @@ fn main() {
         Some("many") => many::run(number(50)),
         Some("end") => end::run(number(5)),
         Some("idle") => idle::run(),
-        _ => panic!("usage: bench create [pairs] | crowd [vms] | many [vms] | end [pairs] | idle"),
+        Some("template") => template::run(number(5)),
+        _ => panic!(
+            "usage: bench create [pairs] | crowd [vms] | many [vms] | end [pairs] | idle | template [pairs]"
+        ),
     }
 }
 
