@@ -38,8 +38,10 @@ pub async fn import<G: Guest, R: AsyncRead + Unpin + Send>(
     let (meta, start) = until(stop, first_entry(pack)).await?;
     let nonce = TicketId::new().reveal();
 
-    let first_made = guest.run(&PREPARE, &[path, &nonce]).await?.check(&PREPARE, path)?;
-    let done = until(stop, build(guest, path, &nonce, &meta, start, pack)).await;
+    let force = if request.force { "yes" } else { "" };
+    let prepare = [path, &nonce, meta.mode.as_str(), force];
+    let first_made = guest.run(&PREPARE, &prepare).await?.check(&PREPARE, path)?;
+    let done = until(stop, build(guest, request, &nonce, &meta, start, pack)).await;
     let undo = if done.is_err() { first_made.as_str() } else { "" };
     let cleaned = match guest.run(&CLEAN, &[path, &nonce, undo]).await {
         Ok(end) => end.check(&CLEAN, path).map(drop),
@@ -97,12 +99,13 @@ async fn first_entry<R: AsyncRead + Unpin>(pack: &mut FrameReader<R>) -> Result<
 /// Sends the pack on and builds the repository; gives the pack's size in bytes.
 async fn build<G: Guest, R: AsyncRead + Unpin + Send>(
     guest: &G,
-    path: &str,
+    request: &OpenImport,
     nonce: &str,
     meta: &Meta,
     start: Bytes,
     pack: &mut FrameReader<R>,
 ) -> Result<u64, Error> {
+    let path = request.guest_path.as_str();
     let parent = path.rsplit_once('/').map_or("", |(parent, _)| parent);
     let dir = format!("{parent}/.bothy-import-{nonce}/pack");
     let (to_guest, from_cli) = mpsc::channel(QUEUED);
@@ -140,7 +143,9 @@ async fn build<G: Guest, R: AsyncRead + Unpin + Send>(
     let bytes = fed.ok_or_else(|| Error::invalid("the pack goes on behind its end"))?;
     let text = |value: &Option<String>| value.clone().unwrap_or_default();
     let (branch, name, email) = (text(&meta.branch), text(&meta.git_name), text(&meta.git_email));
-    let args = [path, nonce, &meta.head, meta.object_format.as_str(), &branch, &name, &email];
+    let (mode, readonly) = (meta.mode.as_str(), if request.readonly { "yes" } else { "" });
+    let format = meta.object_format.as_str();
+    let args = [path, nonce, &meta.head, format, &branch, &name, &email, mode, readonly];
     guest.run(&IMPORT, &args).await?.check(&IMPORT, path)?;
     Ok(bytes)
 }

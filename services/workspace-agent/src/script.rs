@@ -29,7 +29,7 @@ macro_rules! scripts {
 
 scripts! {
     /// Makes the private directory of an import.
-    PREPARE = "prepare", 60 s;
+    PREPARE = "prepare", 600 s;
     /// Builds the repository and renames it into place.
     IMPORT = "import", 1800 s;
     /// Takes away what an import left.
@@ -75,6 +75,9 @@ impl Finished {
                 .hint("choose another place with `--guest-path`"),
             42 => Error::new(Code::AlreadyExists, format!("{path} in the guest is not empty"))
                 .hint("choose another place with `--guest-path`, or remove it in the guest (export first what you need)"),
+            45 => would_lose(path, &self.stdout),
+            46 => precondition(format!("{path} cannot be made read-only: {}", last_words(&self.stderr)))
+                .hint("leave out `--readonly`, or use an image with mount(8)"),
             43 => precondition(format!("something above {path} in the guest is no directory"))
                 .hint("choose another place with `--guest-path`"),
             44 => Error::invalid("the pack is not whole").hint("use a `bothy` and services of one version"),
@@ -93,6 +96,31 @@ impl Finished {
             }
         })
     }
+}
+
+/// What a second import would take away: `<commits> <files> <ignored> <names, a line each>`.
+fn would_lose(path: &str, told: &[u8]) -> Error {
+    let text = String::from_utf8_lossy(told);
+    let mut words = text.splitn(4, ' ');
+    let mut number = || words.next().and_then(|word| word.parse::<u64>().ok()).unwrap_or(0);
+    let (commits, files, ignored) = (number(), number(), number());
+    let names: Vec<_> = words.next().unwrap_or_default().lines().collect();
+    let mut lost = Vec::new();
+    for (n, what) in [(commits, "commit"), (files, "changed file"), (ignored, "ignored file")] {
+        if n > 0 {
+            lost.push(format!("{n} {what}{}", if n == 1 { "" } else { "s" }));
+        }
+        if what == "changed file" && n > 0 {
+            let more = n.saturating_sub(names.len() as u64);
+            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+            lost.push(format!("({}{more})", last_words(names.join(", ").as_bytes())));
+        }
+    }
+    Error::new(
+        Code::FailedPrecondition,
+        format!("{path} in the guest would lose {}", lost.join(", ").replace(", (", " (")),
+    )
+    .hint("bring it back first with `bothy workspace export`, or give it up with `--force`")
 }
 
 /// What a guest printed, as one harmless line.

@@ -38,6 +38,12 @@ pub struct OpenImport {
     pub vm: VmId,
     /// Where it goes: an absolute path in the guest.
     pub guest_path: String,
+    /// Replace an import that is there even if work in it is lost.
+    #[serde(default)]
+    pub force: bool,
+    /// Nobody in the guest may write to it, until the VM starts again.
+    #[serde(default)]
+    pub readonly: bool,
 }
 
 /// What an import did.

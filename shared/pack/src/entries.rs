@@ -75,21 +75,21 @@ impl<W: Write> Entries<W> {
             .map_err(|e| cannot(name.as_bytes(), &e))
     }
 
-    /// The file or symbolic link `name` (relative, as git lists it) of the working tree, below `untracked/`. Gives
-    /// whether it was one of the two: other things cannot be packed.
-    pub(crate) fn put_file(&mut self, root: &Path, name: &[u8]) -> Result<bool, Error> {
+    /// The file or symbolic link `name` (relative, as git lists it) of the working tree, below `dir`. Gives its size,
+    /// or nothing where it was not one of the two: other things cannot be packed.
+    pub(crate) fn put_file(&mut self, root: &Path, dir: &str, name: &[u8]) -> Result<Option<u64>, Error> {
         let path = root.join(OsStr::from_bytes(name));
-        let inside = Path::new(crate::entry::UNTRACKED).join(OsStr::from_bytes(name));
+        let inside = Path::new(dir).join(OsStr::from_bytes(name));
         let told = fs_err::symlink_metadata(&path).map_err(|e| cannot(name, &e))?;
         if told.is_symlink() {
             let target = fs_err::read_link(&path).map_err(|e| cannot(name, &e))?;
             let mut header = header(0, 0o777, told.mtime());
             header.set_entry_type(tar::EntryType::Symlink);
             self.tar.append_link(&mut header, inside, target).map_err(|e| cannot(name, &e))?;
-            return Ok(true);
+            return Ok(Some(0));
         }
         if !told.is_file() {
-            return Ok(false);
+            return Ok(None);
         }
         let file = fs_err::File::open(&path).map_err(|e| cannot(name, &e))?;
         let real = file.metadata().map_err(|e| cannot(name, &e))?;
@@ -99,7 +99,7 @@ impl<W: Write> Entries<W> {
         let mut header = header(real.len(), real.mode() & 0o777, real.mtime());
         let data = Exactly { inner: file, left: real.len() };
         self.tar.append_data(&mut header, inside, data).map_err(|e| cannot(name, &e))?;
-        Ok(true)
+        Ok(Some(real.len()))
     }
 
     /// Ends the stream; gives its size in bytes.

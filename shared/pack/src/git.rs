@@ -102,13 +102,13 @@ fn failed(args: &[&str], stderr: &[u8]) -> Error {
 
 /// A git whose output is read as it comes.
 pub(crate) struct Running {
-    name: &'static str,
+    name: String,
     child: Child,
     stderr: fs_err::File,
 }
 
 /// Starts git with its output on a pipe. Its error text goes to a private file, so that no second pipe can fill up.
-pub(crate) fn start(dir: &Path, args: &[&'static str]) -> Result<(Running, ChildStdout), Error> {
+pub(crate) fn start(dir: &Path, args: &[&str]) -> Result<(Running, ChildStdout), Error> {
     let scratch = || -> std::io::Result<(fs_err::File, Stdio)> {
         let file = fs_err::File::from_parts(tempfile::tempfile()?, "git's error text");
         let other = file.file().try_clone()?;
@@ -116,12 +116,16 @@ pub(crate) fn start(dir: &Path, args: &[&'static str]) -> Result<(Running, Child
     };
     let (stderr, writer) = scratch()
         .map_err(|e| Error::new(Code::ResourceExhausted, format!("cannot make a temporary file: {e}")))?;
-    let mut child =
-        command(dir, args).stdout(Stdio::piped()).stderr(writer).spawn().map_err(|e| not_started(&e))?;
+    let mut command = command(dir, args);
+    // A pattern with magic is one of the user's, who means it.
+    if args.iter().any(|arg| arg.starts_with(":(")) {
+        command.env("GIT_LITERAL_PATHSPECS", "0");
+    }
+    let mut child = command.stdout(Stdio::piped()).stderr(writer).spawn().map_err(|e| not_started(&e))?;
     let Some(stdout) = child.stdout.take() else {
         return Err(Error::new(Code::Internal, "a started `git` has no output"));
     };
-    Ok((Running { name: args.first().copied().unwrap_or_default(), child, stderr }, stdout))
+    Ok((Running { name: args.first().copied().unwrap_or_default().to_owned(), child, stderr }, stdout))
 }
 
 impl Running {
@@ -140,7 +144,7 @@ impl Running {
         if let Err(e) = read {
             return Err(Error::internal(format!("`git {}` failed, and so did reading why", self.name), &e));
         }
-        Err(failed(&[self.name], &text))
+        Err(failed(&[&self.name], &text))
     }
 
     /// Ends it early, when its reader has failed; what the reader said is the error that counts.

@@ -10,6 +10,7 @@ mod apply;
 mod bundle;
 mod entries;
 mod git;
+mod history;
 mod lines;
 mod meta;
 mod names;
@@ -20,8 +21,9 @@ mod standing;
 
 pub use apply::Applied;
 pub use bundle::{BundleSummary, EXPORT_REF};
-pub use meta::{FORMAT, META_MAX, Meta, ObjectFormat};
-pub use pack::{PackOptions, PackSummary};
+pub use history::RECENT;
+pub use meta::{FORMAT, META_MAX, Meta, Mode, ObjectFormat};
+pub use pack::{PackOptions, PackSummary, Packed};
 pub use patch::{MAX_FILES, MAX_INFLATED, MAX_PATCH, PatchSummary, inspect_patch};
 pub use repository::Repository;
 pub use standing::Standing;
@@ -32,14 +34,20 @@ pub mod entry {
     pub const META: &str = "meta.json";
     /// The boundary of a shallow clone, as git's own `shallow` file has it; there only for shallow clones.
     pub const SHALLOW: &str = "shallow";
-    /// The history of HEAD as a git bundle.
-    pub const HISTORY: &str = "history.bundle";
+    /// The history as a pack of git's.
+    pub const HISTORY: &str = "history.pack";
+    /// The index of that pack.
+    pub const INDEX: &str = "history.idx";
+    /// Commands for `git update-ref --stdin`, where other refs than HEAD go.
+    pub const REFS: &str = "refs";
     /// From HEAD to the index: what was staged.
     pub const STAGED: &str = "staged.patch";
     /// From HEAD to the tracked files of the working tree.
     pub const TRACKED: &str = "tracked.patch";
     /// The directory of untracked files, where they were asked for.
     pub const UNTRACKED: &str = "untracked";
+    /// The directory of all files, where no history goes.
+    pub const FILES: &str = "files";
     /// The last entry, empty: without it a pack is not whole.
     pub const END: &str = "end";
 }

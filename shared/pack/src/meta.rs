@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use std::io::Read;
 
 /// The version of the format that this build writes and reads.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// The largest `meta.json`, in bytes.
 pub const META_MAX: u64 = 64 << 10;
@@ -37,11 +37,38 @@ impl ObjectFormat {
     }
 }
 
+/// How much of a repository goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// Recent history of the branch, and the tracked files as they are.
+    #[default]
+    Shallow,
+    /// All history, with all branches and tags, and the tracked files as they are.
+    Full,
+    /// The files without git.
+    Copy,
+}
+
+impl Mode {
+    /// Its word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Shallow => "shallow",
+            Self::Full => "full",
+            Self::Copy => "copy",
+        }
+    }
+}
+
 /// What a pack holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Meta {
     /// [`FORMAT`].
     pub format: u32,
+    /// How much it is.
+    #[serde(default)]
+    pub mode: Mode,
     /// The name of the repository's directory, for people.
     pub name: String,
     /// The commit that is checked out.

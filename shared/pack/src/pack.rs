@@ -1,8 +1,11 @@
 //! Packing: a few runs of git, each into a private temporary file or a pipe, and one tar stream out.
 
-use crate::{Repository, entries::Entries, entry, git, names, patch};
+use crate::{Mode, Repository, entries::Entries, entry, git, names, patch};
 use bothy_contract::{Code, Error};
-use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::{
+    io::{BufRead, BufReader, Read, Seek, SeekFrom, Write},
+    os::unix::ffi::OsStrExt,
+};
 
 /// How many names of a kind are kept for the user.
 const SHOWN: usize = 5;
@@ -29,10 +32,31 @@ const DIFF: &[&str] = &[
 ];
 
 /// What goes into a pack.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct PackOptions {
-    /// Untracked files too; ignored ones never go.
+    /// How much.
+    pub mode: Mode,
+    /// Untracked files too.
     pub include_untracked: bool,
+    /// Ignored files that match one of these patterns: paths from the top, where `**` is any directories.
+    pub include: Vec<String>,
+    /// A branch that there will be in the guest only.
+    pub branch: Option<String>,
+    /// Where that begins instead of HEAD; changes of the working tree then stay out.
+    pub from: Option<String>,
+    /// Whether [`PackSummary::files`] is wanted.
+    pub list: bool,
+}
+
+/// A file that is more than a part of the history.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Packed {
+    /// Its name, made fit for people.
+    pub name: String,
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// `changed`, `deleted`, `untracked`, `ignored`, or `file` where no history goes.
+    pub kind: &'static str,
 }
 
 /// What went into a pack, and what did not.
@@ -44,8 +68,12 @@ pub struct PackSummary {
     pub branch: Option<String>,
     /// Bytes of the whole stream.
     pub bytes: u64,
-    /// Bytes of the history's bundle.
+    /// Bytes of the history.
     pub history_bytes: u64,
+    /// Its commits, as far as they lead to HEAD.
+    pub commits: u64,
+    /// The files, where they were asked for.
+    pub files: Vec<Packed>,
     /// Tracked files that differ from HEAD.
     pub changed: u64,
     /// Untracked files that went in.
@@ -63,30 +91,82 @@ impl Repository {
     ///
     /// # Errors
     /// When git or `out` fails, or the repository moves on while it is packed. What was written then is no pack.
-    pub fn pack(&self, options: PackOptions, out: impl Write) -> Result<PackSummary, Error> {
-        let (meta, warnings) = self.meta()?;
+    pub fn pack(&self, options: &PackOptions, out: impl Write) -> Result<PackSummary, Error> {
+        let (mut meta, warnings) = self.meta()?;
+        let checked_out = meta.head.clone();
+        meta.mode = options.mode;
+        if let Some(branch) = &options.branch {
+            meta.branch = Some(self.new_branch(branch)?);
+        }
+        if let Some(from) = &options.from {
+            meta.head = self.commit(from)?;
+        }
+        meta.check()?;
         let head = meta.head.clone();
         let mut summary =
             PackSummary { warnings, head, branch: meta.branch.clone(), ..PackSummary::default() };
         self.look_at_index(&mut summary)?;
+        let as_it_is = meta.head == checked_out;
+        if !as_it_is {
+            if options.include_untracked || !options.include.is_empty() || options.mode == Mode::Copy {
+                return Err(Error::invalid("only commits can come from another revision")
+                    .hint("leave out `--from`, or files that are not tracked and `--mode copy`"));
+            }
+            let changed = self.changed()?;
+            if !changed.is_empty() {
+                summary
+                    .warnings
+                    .push(format!("changes stay here, since it begins elsewhere: {}", changed.join(", ")));
+            }
+        }
+        let json = serde_json::to_vec_pretty(&meta)
+            .map_err(|e| Error::internal("cannot write the meta data", &e))?;
+        if options.mode == Mode::Copy {
+            let mut tar = Entries::new(out);
+            tar.put(entry::META, json.len() as u64, json.as_slice())?;
+            self.all_files(options, &mut tar, &mut summary)?;
+            self.untracked(options, &mut tar, &mut summary)?;
+            tar.put(entry::END, 0, std::io::empty())?;
+            summary.bytes = tar.finish()?;
+            return Ok(summary);
+        }
 
         // All that can fail without having written anything comes first.
-        let (bundle, size) = self.bundle(&summary.head)?;
-        let staged = self.diff(&["--cached", &summary.head])?;
-        let mut tracked = self.diff(&[&summary.head])?;
-        summary.history_bytes = size;
+        let history = self.history(&summary.head, options.mode)?;
+        if self.head()? != checked_out {
+            let moved =
+                Error::new(Code::FailedPrecondition, "the repository's HEAD moved while it was packed");
+            return Err(Error { retryable: true, ..moved }.hint("run it again"));
+        }
+        let (staged, mut tracked) = if as_it_is {
+            (self.diff(&["--cached", &summary.head])?, self.diff(&[&summary.head])?)
+        } else {
+            (self.diff(&[&summary.head, &summary.head])?, self.diff(&[&summary.head, &summary.head])?)
+        };
+        summary.history_bytes = history.pack.1;
+        summary.commits = history.commits;
         summary.changed = patch::count_files(BufReader::new(&mut tracked.0))?;
+        if options.list && as_it_is {
+            self.list_changed(&mut summary)?;
+        }
         let again = |e: std::io::Error| Error::internal("cannot read a temporary file again", &e);
         tracked.0.seek(SeekFrom::Start(0)).map_err(again)?;
 
         let mut tar = Entries::new(out);
-        let json = serde_json::to_vec_pretty(&meta)
-            .map_err(|e| Error::internal("cannot write the meta data", &e))?;
         tar.put(entry::META, json.len() as u64, json.as_slice())?;
-        if let Some(shallow) = self.shallow()? {
+        let mut shallow = self.shallow()?.unwrap_or_default();
+        for commit in &history.boundary {
+            shallow.extend_from_slice(commit.as_bytes());
+            shallow.push(b'\n');
+        }
+        if !shallow.is_empty() {
             tar.put(entry::SHALLOW, shallow.len() as u64, shallow.as_slice())?;
         }
-        tar.put(entry::HISTORY, size, bundle)?;
+        if !history.refs.is_empty() {
+            tar.put(entry::REFS, history.refs.len() as u64, history.refs.as_slice())?;
+        }
+        tar.put(entry::HISTORY, history.pack.1, &history.pack.0)?;
+        tar.put(entry::INDEX, history.index.1, &history.index.0)?;
         tar.put(entry::STAGED, staged.1, staged.0)?;
         tar.put(entry::TRACKED, tracked.1, tracked.0)?;
         self.untracked(options, &mut tar, &mut summary)?;
@@ -95,23 +175,77 @@ impl Repository {
         Ok(summary)
     }
 
-    /// The history of HEAD, which must still be `head` when it is there.
-    fn bundle(&self, head: &str) -> Result<(fs_err::File, u64), Error> {
-        let bundle = git::to_file(self.root(), &["bundle", "create", "--quiet", "-", "HEAD"]).map_err(|e| {
-            let partial = git::maybe(self.root(), &["config", "--get-regexp", r"^remote\..*\.promisor$"]);
-            if matches!(partial, Ok(Some(_))) {
-                e.context("the repository is a partial clone, and objects are missing")
-                    .hint("fetch them first: `git fetch --refetch --filter=blob:limit=1t`, or make a full clone")
-            } else {
-                e
-            }
-        })?;
-        if self.head()? != head {
-            let moved =
-                Error::new(Code::FailedPrecondition, "the repository's HEAD moved while it was packed");
-            return Err(Error { retryable: true, ..moved }.hint("run it again"));
+    /// Checks the name of a branch that is to be there in the guest only.
+    fn new_branch(&self, name: &str) -> Result<String, Error> {
+        let full = format!("refs/heads/{name}");
+        if name.starts_with('-')
+            || !git::output(self.root(), ["check-ref-format", full.as_str()])?.status.success()
+        {
+            return Err(Error::invalid(format!("{name:?} is no name for a branch"))
+                .hint("see `git help check-ref-format`"));
         }
-        Ok(bundle)
+        if git::maybe(self.root(), &["show-ref", "--verify", "--quiet", &full])?.is_some() {
+            return Err(Error::new(Code::AlreadyExists, format!("there is a branch {name} here already"))
+                .hint("choose another name: this branch is to be in the guest only"));
+        }
+        Ok(name.to_owned())
+    }
+
+    /// The commit that a revision of the user's names.
+    fn commit(&self, revision: &str) -> Result<String, Error> {
+        let name = format!("{revision}^{{commit}}");
+        let found =
+            git::maybe(self.root(), &["rev-parse", "--quiet", "--verify", "--end-of-options", &name])?;
+        found.and_then(|commit| String::from_utf8(commit).ok()).ok_or_else(|| {
+            Error::not_found(format!("{} has no commit {revision:?}", self.root().display()))
+                .hint("name a branch, a tag or a commit; `git log` shows them")
+        })
+    }
+
+    /// Puts the tracked files that differ from HEAD into the list.
+    fn list_changed(&self, summary: &mut PackSummary) -> Result<(), Error> {
+        let args = [
+            "diff",
+            "--no-ext-diff",
+            "--no-renames",
+            "--ignore-submodules=all",
+            "--name-only",
+            "-z",
+            "HEAD",
+            "--",
+        ];
+        self.list(&args, |name| {
+            let path = self.root().join(std::ffi::OsStr::from_bytes(name));
+            let (bytes, kind) =
+                fs_err::symlink_metadata(path).map_or((0, "deleted"), |m| (m.len(), "changed"));
+            summary.files.push(Packed { name: names::display(name), bytes, kind });
+            Ok(())
+        })
+    }
+
+    /// Packs the tracked files as they are in the working tree.
+    fn all_files<W: Write>(
+        &self,
+        options: &PackOptions,
+        tar: &mut Entries<W>,
+        summary: &mut PackSummary,
+    ) -> Result<(), Error> {
+        let mut last = Vec::new();
+        self.list(&["ls-files", "--cached", "-z", "--full-name"], |name| {
+            let there = fs_err::symlink_metadata(self.root().join(std::ffi::OsStr::from_bytes(name))).is_ok();
+            // An unmerged file is listed more than once.
+            if last == name || !there {
+                return Ok(());
+            }
+            last = name.to_vec();
+            if let Some(bytes) = tar.put_file(self.root(), entry::FILES, name)? {
+                summary.changed += 1;
+                if options.list {
+                    summary.files.push(Packed { name: names::display(name), bytes, kind: "file" });
+                }
+            }
+            Ok(())
+        })
     }
 
     fn diff(&self, what: &[&str]) -> Result<(fs_err::File, u64), Error> {
@@ -146,28 +280,50 @@ impl Repository {
         Ok(())
     }
 
-    /// Packs or counts the files that git does not know and does not ignore.
+    /// Packs or counts the files that git does not know and does not ignore, and packs the ignored ones that are wanted.
     fn untracked<W: Write>(
         &self,
-        options: PackOptions,
+        options: &PackOptions,
         tar: &mut Entries<W>,
         summary: &mut PackSummary,
     ) -> Result<(), Error> {
         let (mut out, mut odd) = (Names::default(), Names::default());
+        let dir = if options.mode == Mode::Copy { entry::FILES } else { entry::UNTRACKED };
+        let mut put = |name: &[u8], kind: &'static str, summary: &mut PackSummary| {
+            // A directory in this list is a repository inside the repository.
+            let bytes = if name.ends_with(b"/") { None } else { tar.put_file(self.root(), dir, name)? };
+            match bytes {
+                None => odd.add(name),
+                Some(bytes) => {
+                    summary.untracked_in += 1;
+                    if options.list {
+                        summary.files.push(Packed { name: names::display(name), bytes, kind });
+                    }
+                }
+            }
+            Ok::<_, Error>(())
+        };
         let args = ["ls-files", "--others", "--exclude-standard", "-z", "--full-name", "--"];
         self.list(&args, |name| {
-            // A directory in this list is a repository inside the repository.
-            if name.ends_with(b"/") {
-                odd.add(name);
-            } else if !options.include_untracked {
-                out.add(name);
-            } else if tar.put_file(self.root(), name)? {
-                summary.untracked_in += 1;
+            if options.include_untracked || name.ends_with(b"/") {
+                put(name, "untracked", summary)
             } else {
-                odd.add(name);
+                out.add(name);
+                Ok(())
             }
-            Ok(())
         })?;
+        if !options.include.is_empty() {
+            let patterns: Vec<_> = options.include.iter().map(|p| format!(":(top,glob){p}")).collect();
+            let mut args =
+                vec!["ls-files", "--others", "--ignored", "--exclude-standard", "-z", "--full-name", "--"];
+            args.extend(patterns.iter().map(String::as_str));
+            let before = summary.untracked_in;
+            self.list(&args, |name| put(name, "ignored", summary))?;
+            if summary.untracked_in == before {
+                let what = "no ignored file matches";
+                summary.warnings.push(format!("{what} {}", options.include.join(", ")));
+            }
+        }
         if odd.count > 0 {
             let what = "untracked repositories and special files stay out";
             summary.warnings.push(format!("{what}: {odd}"));
@@ -178,11 +334,7 @@ impl Repository {
     }
 
     /// Runs git and gives each NUL-terminated piece of its output to `each`.
-    fn list(
-        &self,
-        args: &[&'static str],
-        mut each: impl FnMut(&[u8]) -> Result<(), Error>,
-    ) -> Result<(), Error> {
+    fn list(&self, args: &[&str], mut each: impl FnMut(&[u8]) -> Result<(), Error>) -> Result<(), Error> {
         let (running, stdout) = git::start(self.root(), args)?;
         let read = || {
             let mut reader = BufReader::new(stdout);

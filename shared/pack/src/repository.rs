@@ -1,6 +1,10 @@
 //! Finding the repository that a path is in, and refusing what cannot be packed.
 
-use crate::{Meta, ObjectFormat, git, meta::FORMAT, names};
+use crate::{
+    Meta, ObjectFormat, git,
+    meta::{FORMAT, Mode},
+    names,
+};
 use bothy_contract::{Code, Error};
 use std::{
     ffi::OsString,
@@ -120,6 +124,7 @@ impl Repository {
             .map_or_else(|| "repository".into(), |n| names::display(n.as_encoded_bytes()));
         let meta = Meta {
             format: FORMAT,
+            mode: Mode::default(),
             name: name.chars().take(60).collect(),
             head: self.head()?,
             branch,

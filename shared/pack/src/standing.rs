@@ -83,7 +83,7 @@ impl Repository {
 }
 
 /// A path in a list that git separates by colons (git(1), GIT_ALTERNATE_OBJECT_DIRECTORIES).
-fn quoted(path: &std::path::Path) -> std::ffi::OsString {
+pub(crate) fn quoted(path: &std::path::Path) -> std::ffi::OsString {
     use std::os::unix::ffi::{OsStrExt, OsStringExt};
     let mut out = vec![b'"'];
     for byte in path.as_os_str().as_bytes() {

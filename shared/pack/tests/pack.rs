@@ -2,7 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 use bothy_contract::Code;
-use bothy_pack::{Meta, PackOptions, Repository, entry};
+use bothy_pack::{FORMAT, Meta, Mode, PackOptions, Repository, entry};
 use std::{
     collections::BTreeMap,
     ffi::OsStr,
@@ -136,16 +136,17 @@ fn a_pack_holds_history_staged_and_other_changes_and_leaves_the_repository_alone
     let before = everything(&dir);
     let repo = Repository::open(&dir.join("sub")).unwrap();
     let mut pack = Vec::new();
-    let summary = repo.pack(PackOptions::default(), &mut pack).unwrap();
+    let summary = repo.pack(&PackOptions::default(), &mut pack).unwrap();
     let mut full = Vec::new();
-    let with_untracked = repo.pack(PackOptions { include_untracked: true }, &mut full).unwrap();
+    let with_untracked =
+        repo.pack(&PackOptions { include_untracked: true, ..PackOptions::default() }, &mut full).unwrap();
     let now = everything(&dir);
     assert!(now == before, "the repository was touched");
 
     let names: Vec<_> = entries(&pack).into_iter().map(|(name, _)| name).collect();
     assert_eq!(
         names,
-        [entry::META, entry::HISTORY, entry::STAGED, entry::TRACKED, entry::END]
+        [entry::META, entry::HISTORY, entry::INDEX, entry::STAGED, entry::TRACKED, entry::END]
             .map(|n| n.as_bytes().to_vec())
     );
     let meta = Meta::read(pack.as_slice()).unwrap();
@@ -167,10 +168,93 @@ fn a_pack_holds_history_staged_and_other_changes_and_leaves_the_repository_alone
     assert_eq!(of(&full, "untracked/sub/un\ntracked").unwrap(), b"u");
     assert!(of(&full, "untracked/x.ignored").is_none());
 
-    let bundle = tmp.path().join("b");
-    fs_err::write(&bundle, of(&pack, entry::HISTORY).unwrap()).unwrap();
-    git(tmp.path(), &["clone", "-q", bundle.to_str().unwrap(), "clone"]);
-    assert_eq!(text(&tmp.path().join("clone"), &["rev-parse", "HEAD"]), summary.head);
+    // A pack and its index are all that a new repository needs.
+    let clone = tmp.path().join("clone");
+    fs_err::create_dir(&clone).unwrap();
+    git(&clone, &["init", "-q"]);
+    fs_err::create_dir_all(clone.join(".git/objects/pack")).unwrap();
+    for (name, suffix) in [(entry::HISTORY, "pack"), (entry::INDEX, "idx")] {
+        fs_err::write(clone.join(format!(".git/objects/pack/pack-x.{suffix}")), of(&pack, name).unwrap())
+            .unwrap();
+    }
+    git(&clone, &["verify-pack", ".git/objects/pack/pack-x.idx"]);
+    git(&clone, &["rev-list", "--objects", &summary.head]);
+}
+
+#[test]
+fn how_much_goes_and_what_is_listed_is_the_users_to_say() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path().join("r");
+    repository(&dir);
+    for n in 0..bothy_pack::RECENT {
+        git(&dir, &["commit", "-q", "--allow-empty", "-m", &n.to_string()]);
+    }
+    git(&dir, &["branch", "other", "HEAD~3"]);
+    git(&dir, &["tag", "-m", "t", "v1", "HEAD~2"]);
+    fs_err::write(dir.join("a"), "changed\n").unwrap();
+    fs_err::write(dir.join("new"), "untracked").unwrap();
+    fs_err::create_dir_all(dir.join("deep/er")).unwrap();
+    fs_err::write(dir.join("deep/er/x.ignored"), "ignored file").unwrap();
+    let repo = Repository::open(&dir).unwrap();
+    let pack = |options: &PackOptions| {
+        let mut out = Vec::new();
+        repo.pack(options, &mut out).map(|summary| (out, summary))
+    };
+    let (shallow, summary) = pack(&PackOptions::default()).unwrap();
+    assert_eq!(summary.commits, bothy_pack::RECENT as u64);
+    let boundary = String::from_utf8(of(&shallow, entry::SHALLOW).unwrap()).unwrap();
+    assert_eq!(boundary.trim(), text(&dir, &["rev-parse", &format!("HEAD~{}", bothy_pack::RECENT - 1)]));
+
+    let full = PackOptions { mode: Mode::Full, ..PackOptions::default() };
+    let (full, summary) = pack(&full).unwrap();
+    assert_eq!((summary.commits, of(&full, entry::SHALLOW)), (bothy_pack::RECENT as u64 + 1, None));
+    let refs = String::from_utf8(of(&full, entry::REFS).unwrap()).unwrap();
+    for name in ["refs/heads/main", "refs/heads/other", "refs/tags/v1"] {
+        let line = format!("create {name} {}", text(&dir, &["rev-parse", name]));
+        assert!(refs.lines().any(|l| l == line), "{refs}");
+    }
+
+    let all = PackOptions {
+        include_untracked: true,
+        include: vec!["**/*.ignored".into()],
+        list: true,
+        ..PackOptions::default()
+    };
+    let (with, summary) = pack(&all).unwrap();
+    let listed: Vec<_> = summary.files.iter().map(|f| (f.name.as_str(), f.bytes, f.kind)).collect();
+    assert_eq!(listed, [("a", 8, "changed"), ("new", 9, "untracked"), ("deep/er/x.ignored", 12, "ignored")]);
+    assert_eq!(
+        (of(&with, "untracked/new").unwrap(), summary.bytes),
+        (b"untracked".to_vec(), with.len() as u64)
+    );
+
+    let copy = PackOptions { mode: Mode::Copy, list: true, ..PackOptions::default() };
+    let (copied, summary) = pack(&copy).unwrap();
+    assert_eq!(of(&copied, "files/a").unwrap(), b"changed\n");
+    assert_eq!((summary.files.len(), of(&copied, "files/new"), of(&copied, entry::HISTORY)), (3, None, None));
+
+    let branch =
+        PackOptions { branch: Some("only-there".into()), from: Some("v1".into()), ..PackOptions::default() };
+    let (other, summary) = pack(&branch).unwrap();
+    let meta = Meta::read(other.as_slice()).unwrap();
+    assert_eq!(
+        (meta.branch.as_deref(), meta.head),
+        (Some("only-there"), text(&dir, &["rev-parse", "v1^{commit}"]))
+    );
+    assert_eq!(of(&other, entry::TRACKED).unwrap(), b"");
+    assert!(summary.warnings[0].contains("changes stay here") && summary.warnings[0].contains('a'));
+    for (name, from, code) in [
+        ("other", "HEAD", Code::AlreadyExists),
+        ("-x", "HEAD", Code::InvalidArgument),
+        ("a..b", "HEAD", Code::InvalidArgument),
+        ("new", "nowhere", Code::NotFound),
+        ("new", "--all", Code::NotFound),
+    ] {
+        let bad =
+            PackOptions { branch: Some(name.into()), from: Some(from.into()), ..PackOptions::default() };
+        let e = pack(&bad).unwrap_err();
+        assert!(e.code == code && e.hint.is_some(), "{name} {from}: {e}");
+    }
 }
 
 #[test]
@@ -191,7 +275,7 @@ fn a_detached_head_a_worktree_a_shallow_clone_and_sha256_are_fine() {
     {
         let mut pack = Vec::new();
         let repo = Repository::open(&tmp.path().join(name)).unwrap();
-        repo.pack(PackOptions::default(), &mut pack).unwrap();
+        repo.pack(&PackOptions::default(), &mut pack).unwrap();
         assert_eq!(Meta::read(pack.as_slice()).unwrap().branch.is_some(), branch, "{name}");
         assert_eq!(of(&pack, entry::SHALLOW).is_some(), shallow, "{name}");
     }
@@ -220,7 +304,8 @@ fn submodules_conflicts_and_inner_repositories_are_named() {
     assert!(!merge.status.success());
     let mut pack = Vec::new();
     let repo = Repository::open(&dir).unwrap();
-    let summary = repo.pack(PackOptions { include_untracked: true }, &mut pack).unwrap();
+    let summary =
+        repo.pack(&PackOptions { include_untracked: true, ..PackOptions::default() }, &mut pack).unwrap();
     let warnings = summary.warnings.join("\n");
     for expected in
         ["left empty: mod", "unmerged files go as they are in the working tree: a", "stay out: inner/"]
@@ -247,7 +332,7 @@ fn a_writer_that_fails_ends_the_pack_with_an_error() {
     repository(tmp.path());
     let repo = Repository::open(tmp.path()).unwrap();
     for room in [0, 600, 3000] {
-        assert!(repo.pack(PackOptions::default(), Full(room)).is_err());
+        assert!(repo.pack(&PackOptions::default(), Full(room)).is_err());
     }
 }
 
@@ -256,7 +341,7 @@ fn only_the_beginning_of_a_pack_is_taken_for_one() {
     let tmp = tempfile::tempdir().unwrap();
     repository(tmp.path());
     let mut pack = Vec::new();
-    Repository::open(tmp.path()).unwrap().pack(PackOptions::default(), &mut pack).unwrap();
+    Repository::open(tmp.path()).unwrap().pack(&PackOptions::default(), &mut pack).unwrap();
     assert!(Meta::from_start(pack.get(..511).unwrap()).unwrap().is_none());
     assert!(Meta::from_start(&pack).unwrap().is_some());
     assert!(Meta::from_start(&[0; 512]).is_err());
@@ -264,7 +349,7 @@ fn only_the_beginning_of_a_pack_is_taken_for_one() {
     assert!(Meta::read(pack.get(..520).unwrap()).is_err());
     let good = Meta::read(pack.as_slice()).unwrap();
     for bad in [
-        Meta { format: 2, ..good.clone() },
+        Meta { format: FORMAT - 1, ..good.clone() },
         Meta { head: "HEAD".into(), ..good.clone() },
         Meta { head: good.head.to_uppercase(), ..good.clone() },
         Meta { branch: Some("-x".into()), ..good.clone() },

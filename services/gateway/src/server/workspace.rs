@@ -37,9 +37,13 @@ const LAST_WORD: Duration = Duration::from_secs(2);
 const DEFAULT_PATH: &str = "/root/repo";
 
 #[derive(Deserialize)]
-pub(crate) struct PathQuery {
+pub(crate) struct ImportQuery {
     #[serde(default = "default_path")]
     guest_path: String,
+    #[serde(default)]
+    force: bool,
+    #[serde(default)]
+    readonly: bool,
 }
 
 #[derive(Deserialize)]
@@ -64,11 +68,12 @@ pub(crate) async fn import(
     State(gateway): State<Gateway>,
     peer: Peer,
     Path(vm): Path<String>,
-    Query(query): Query<PathQuery>,
+    Query(query): Query<ImportQuery>,
     body: Body,
 ) -> Result<Json<ImportReport>, ApiError> {
     let vm = gateway.vm(&peer, &vm).await?;
-    let request = OpenImport { vm: vm.id, guest_path: query.guest_path };
+    let request =
+        OpenImport { vm: vm.id, guest_path: query.guest_path, force: query.force, readonly: query.readonly };
     let ticket = gateway.call::<WorkspaceImportOpen>(&request).await?;
     let (read, write) = bothy_tickets::connect(&ticket).await?.into_split();
     let mut answer = FrameReader::new(read);

@@ -1,23 +1,61 @@
-# import <path> <nonce> <head> <format> <branch> <name> <email>: builds the repository from the pack beside <path> and
-# renames it into place. The last three may be empty.
-path=$1 nonce=$2 head=$3 format=$4 branch=$5 name=$6 email=$7
+# import <path> <nonce> <head> <format> <branch> <name> <email> <mode> <readonly>: builds the repository from the pack beside
+# <path> and renames it into place. <branch>, <name>, <email> and <readonly> may be empty.
+path=$1 nonce=$2 head=$3 format=$4 branch=$5 name=$6 email=$7 mode=$8 readonly=$9
 work=${path%/*}/.bothy-import-$nonce
 pack=$work/pack
 export HOME="$work"
 # A tar stream that ends between two entries looks whole to tar.
 [ -f "$pack/end" ] || exit 44
+
+# rename(2) replaces an empty directory and nothing else.
+place() {
+    cd /
+    if [ -e "$work/replace" ]; then
+        # One that was read-only is mounted on itself.
+        while umount -- "$path" 2>/dev/null; do :; done
+        mv -T -- "$path" "$work/old"
+        if ! mv -T -- "$work/repo" "$path"; then
+            mv -T -- "$work/old" "$path"
+            exit 1
+        fi
+    else
+        mv -T -- "$work/repo" "$path"
+    fi
+    [ -n "$readonly" ] || return 0
+    if ! { mount --bind -- "$path" "$path" && mount -o remount,bind,ro -- "$path"; }; then
+        while umount -- "$path" 2>/dev/null; do :; done
+        mv -T -- "$path" "$work/repo"
+        if [ -e "$work/replace" ]; then mv -T -- "$work/old" "$path"; fi
+        exit 46
+    fi
+}
+
+if [ "$mode" = copy ]; then
+    mkdir -p -- "$pack/files"
+    chmod 755 "$pack/files"
+    mv -T -- "$pack/files" "$work/repo"
+    place
+    exit 0
+fi
 export GIT_AUTHOR_NAME=bothy GIT_AUTHOR_EMAIL=bothy@localhost GIT_AUTHOR_DATE='@0 +0000'
 export GIT_COMMITTER_NAME=bothy GIT_COMMITTER_EMAIL=bothy@localhost GIT_COMMITTER_DATE='@0 +0000'
 git init -q --template= --object-format="$format" "$work/repo"
 cd "$work/repo"
 mkdir -p .git/info .git/hooks
-g bundle unbundle "$pack/history.bundle" >/dev/null
-rm -f -- "$pack/history.bundle"
+# With an index made by the host: to index a pack is to read all of it, which takes long where the processor is emulated.
+mkdir -p .git/objects/pack
+chmod 444 "$pack/history.pack" "$pack/history.idx"
+mv -- "$pack/history.pack" ".git/objects/pack/pack-$head.pack"
+mv -- "$pack/history.idx" ".git/objects/pack/pack-$head.idx"
 if [ -f "$pack/shallow" ]; then
     # The boundary of other branches is not here, and must not be named.
     g cat-file --batch-check='%(objectname) %(objecttype)' <"$pack/shallow" | sed -n 's/ commit$//p' >.git/shallow
 fi
 g cat-file -e "$head^{commit}"
+if [ -f "$pack/refs" ]; then
+    g update-ref --stdin <"$pack/refs"
+    sed 's/.* //' <"$pack/refs" >.git/bothy-imported
+fi
 if [ -n "$branch" ]; then
     g check-ref-format "refs/heads/$branch"
     g update-ref "refs/heads/$branch" "$head"
@@ -44,7 +82,8 @@ export GIT_INDEX_FILE="$work/index"
 if [ -d "$pack/untracked" ]; then
     cp -R -P -p -- "$pack/untracked/." .
     chmod 755 .
-    add_others
+    # Ignored ones, too: whatever came is a part of what later changes are seen against.
+    (cd "$pack/untracked" && find . ! -type d -print0) | sed -z 's|^\./||' | g update-index -z --add --replace --stdin
     tree=$(g write-tree)
 fi
 unset GIT_INDEX_FILE
@@ -55,6 +94,4 @@ g update-ref refs/bothy/tracked "$tracked"
 if [ -n "$name" ]; then g config user.name "$name"; fi
 if [ -n "$email" ]; then g config user.email "$email"; fi
 
-cd /
-# rename(2) replaces an empty directory and nothing else.
-mv -T -- "$work/repo" "$path"
+place

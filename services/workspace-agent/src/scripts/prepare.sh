@@ -1,11 +1,19 @@
-# prepare <path> <nonce>: makes the private directory beside <path> in which the import is built. Prints the first
-# directory above <path> that had to be made.
-path=$1 nonce=$2
-command -v git >/dev/null 2>&1 || exit 40
+# prepare <path> <nonce> <mode> <force>: makes the private directory beside <path> in which the import is built. Prints the
+# first directory above <path> that had to be made. An import that is there already may be replaced, if nothing is lost by it
+# or <force> is not empty; what would be lost is printed otherwise: commits, files, ignored files, and names of files.
+path=$1 nonce=$2 mode=$3 force=$4
+[ "$mode" = copy ] || command -v git >/dev/null 2>&1 || exit 40
 if [ -L "$path" ]; then exit 41; fi
+replace=
 if [ -e "$path" ]; then
     [ -d "$path" ] || exit 41
-    [ -z "$(ls -A -- "$path" | head -c 1)" ] || exit 42
+    if [ -n "$(ls -A -- "$path" | head -c 1)" ]; then
+        [ -d "$path/.git" ] && [ ! -L "$path/.git" ] && command -v git >/dev/null 2>&1 || exit 42
+        export HOME=/nonexistent
+        base=$(r rev-parse -q --verify 'refs/bothy/base^{commit}') || exit 42
+        import=$(r rev-parse -q --verify 'refs/bothy/import^{commit}') || exit 42
+        replace=yes
+    fi
 fi
 parent=${path%/*}
 first=
@@ -17,9 +25,10 @@ done
 [ -d "${dir:-/}" ] || exit 43
 undo() {
     status=$?
-    [ "$status" -eq 0 ] && return
+    [ "$status" -eq 0 ] && return 0
     rm -rf -- "$parent/.bothy-import-$nonce"
-    [ -n "$first" ] || return
+    # A failure in here would become the status.
+    [ -n "$first" ] || return 0
     dir=$parent
     while rmdir -- "$dir" 2>/dev/null && [ "$dir" != "$first" ]; do dir=${dir%/*}; done
 }
@@ -29,4 +38,25 @@ if [ -n "$parent" ]; then mkdir -p -- "$parent"; fi
 rm -rf -- "$parent"/.bothy-import-*
 work=$parent/.bothy-import-$nonce
 mkdir -m 700 -- "$work" "$work/pack"
+if [ -n "$replace" ]; then
+    if [ -z "$force" ]; then
+        # What came with the import is known by refs/bothy/; stashes, branches and tags made since are not.
+        imported=
+        if [ -f "$path/.git/bothy-imported" ]; then imported=$(sed 's/^/^/' "$path/.git/bothy-imported"); fi
+        head=$(r rev-parse -q --verify 'HEAD^{commit}' || true)
+        commits=$(printf '%s\n' "^$base" "^$import" $head $imported | r rev-list --count --all --stdin)
+        borrow
+        snapshot
+        g diff-tree -r --no-renames --name-only -z "$import" "$tree" >"$work/names"
+        files=$(tr -cd '\0' <"$work/names" | wc -c)
+        ignored=$(g ls-files -z --others --ignored --exclude-standard | tr -cd '\0' | wc -c)
+        if [ "$commits" -gt 0 ] || [ "$files" -gt 0 ] || [ "$ignored" -gt 0 ]; then
+            printf '%s %s %s ' "$commits" "$files" "$ignored"
+            tr '\n\0' '?\n' <"$work/names" | head -n 5
+            exit 45
+        fi
+        rm -rf -- "$work/git" "$work/index" "$work/others" "$work/gone" "$work/names" "$work/why"
+    fi
+    : >"$work/replace"
+fi
 printf '%s' "$first"

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
 mod edges;
+mod modes;
 mod round_trip;
 mod service;
 mod support;

@@ -122,7 +122,9 @@ impl Host {
 
     async fn open_import(&self, vm: VmId, path: &Path) -> Result<Ticket, Error> {
         let guest_path = path.to_str().unwrap().to_owned();
-        self.gateway.call::<WorkspaceImportOpen>(&OpenImport { vm, guest_path }).await
+        self.gateway
+            .call::<WorkspaceImportOpen>(&OpenImport { vm, guest_path, force: false, readonly: false })
+            .await
     }
 
     async fn import(&self, pack: &[u8], path: &Path) -> Result<ImportReport, Error> {
@@ -163,9 +165,11 @@ async fn a_repository_goes_in_and_a_patch_comes_out() {
     let report = host.import(&pack, &guest).await.unwrap();
     assert_eq!((report.bytes, report.branch.as_deref()), (pack.len() as u64, Some("main")));
     assert_eq!(git(&guest, &["status", "--porcelain"]), " M big");
-    assert_eq!(host.import(&pack, &guest).await.unwrap_err().code, Code::AlreadyExists);
+    host.import(&pack, &guest).await.unwrap();
 
     fs_err::write(guest.join("new"), "made in the guest\n").unwrap();
+    let e = host.import(&pack, &guest).await.unwrap_err();
+    assert!(e.code == Code::FailedPrecondition && e.message.contains("1 changed file (new)"), "{e}");
     let (patch, report) = host.export(&guest).await.unwrap();
     assert_eq!((report.bytes, report.files, report.commits), (patch.len() as u64, 1, 0));
     assert!(git_with(&repo, &["apply", "-"], &patch).status.success());

@@ -99,8 +99,12 @@ impl Guest for HostGuest {
 
 /// Packs `repo`, as the CLI does, into frames.
 pub(crate) fn packed(repo: &Path, include_untracked: bool) -> (Vec<u8>, PackSummary) {
+    packed_as(repo, &PackOptions { include_untracked, ..PackOptions::default() })
+}
+
+pub(crate) fn packed_as(repo: &Path, options: &PackOptions) -> (Vec<u8>, PackSummary) {
     let mut pack = Vec::new();
-    let summary = Repository::open(repo).unwrap().pack(PackOptions { include_untracked }, &mut pack).unwrap();
+    let summary = Repository::open(repo).unwrap().pack(options, &mut pack).unwrap();
     assert_eq!(summary.bytes, pack.len() as u64);
     (pack, summary)
 }
@@ -115,7 +119,16 @@ pub(crate) async fn framed(pack: &[u8], end: bool) -> Vec<u8> {
 }
 
 pub(crate) async fn import_frames(guest_path: &Path, frames: &[u8]) -> Result<ImportReport, Error> {
-    let request = OpenImport { vm: VmId::new(), guest_path: guest_path.to_str().unwrap().into() };
+    import_with(guest_path, frames, false).await
+}
+
+pub(crate) async fn import_with(
+    guest_path: &Path,
+    frames: &[u8],
+    force: bool,
+) -> Result<ImportReport, Error> {
+    let guest_path = guest_path.to_str().unwrap().into();
+    let request = OpenImport { vm: VmId::new(), guest_path, force, readonly: false };
     import(&HostGuest, &request, &mut FrameReader::new(frames), &CancellationToken::new()).await
 }
 

@@ -24,7 +24,7 @@ pub(crate) async fn main(context: &Context, args: cli::Run) -> Result<Status, Er
     let interrupts = Interrupts::new()?;
     let imported = tokio::select! {
         imported =
-            workspace::import(context, &id, repository, &args.guest_path, args.include_untracked) => imported,
+            workspace::import(context, &id, repository, &args.guest_path, &args.parts, false) => imported,
         () = interrupts.at_least(1) => Err(Error::new(
             Code::Cancelled,
             format!("interrupted while the repository went into {}", vm.name),

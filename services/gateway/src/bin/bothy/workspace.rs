@@ -6,7 +6,12 @@ mod status;
 
 pub(crate) use export::{Wanted, default_patch, directory, fetch, nothing_changed, quoted};
 
-use crate::{Context, Status, cli, http::Body, printer::visible, vm};
+use crate::{
+    Context, Status, cli,
+    http::Body,
+    printer::{size, table, visible},
+    vm,
+};
 use bothy_contract::{Error, workspace::ImportReport};
 use bothy_gateway::api;
 use bothy_pack::{PackOptions, PackSummary, Repository};
@@ -24,22 +29,59 @@ const PIECE: usize = 64 << 10;
 
 pub(crate) async fn main(context: &Context, command: cli::Workspace) -> Result<Status, Error> {
     match command {
-        cli::Workspace::Prepare { vm, path, include_untracked, guest_path } => {
-            check_guest_path(&guest_path)?;
-            let repository = Repository::open(&path)?;
-            let vm = vm::show(context, &vm).await?;
-            let report =
-                import(context, &vm.id.to_string(), repository, &guest_path, include_untracked).await?;
-            context.printer.record(&report, |report| {
-                format!("{} is in {} at {}", head(report), vm.name, visible(&report.guest_path))
-            })?;
-        }
+        cli::Workspace::Prepare(args) => prepare(context, args).await?,
         cli::Workspace::Export(args) => return export::main(context, args).await,
         cli::Workspace::Status { vm, path, guest_path } => {
             return status::main(context, &vm, &path, &guest_path).await;
         }
     }
     Ok(Status::SUCCESS)
+}
+
+async fn prepare(context: &Context, args: cli::Prepare) -> Result<(), Error> {
+    check_guest_path(&args.guest_path)?;
+    let repository = Repository::open(&args.path)?;
+    if args.dry_run {
+        // Also without a host that runs.
+        return plan(context, &repository, &args.parts);
+    }
+    let vm = vm::show(context, &args.vm).await?;
+    let report =
+        import(context, &vm.id.to_string(), repository, &args.guest_path, &args.parts, args.force).await?;
+    context.printer.record(&report, |report| {
+        let what =
+            if args.parts.mode == cli::How::Copy { "a copy of the files".into() } else { head(report) };
+        format!("{what} is in {} at {}", vm.name, visible(&report.guest_path))
+    })
+}
+
+/// Says what would go, from a pack that nobody gets: so the sizes are true.
+fn plan(context: &Context, repository: &Repository, parts: &cli::Parts) -> Result<(), Error> {
+    let summary = repository.pack(&PackOptions { list: true, ..parts.options() }, io::sink())?;
+    remarks(context, &summary);
+    let value = serde_json::json!({
+        "head": summary.head,
+        "branch": summary.branch,
+        "commits": summary.commits,
+        "history_bytes": summary.history_bytes,
+        "files": summary.files,
+        "bytes": summary.bytes,
+        "warnings": summary.warnings,
+        "untracked_out": summary.untracked_out,
+    });
+    context.printer.record(&value, |_| {
+        let mut rows = Vec::new();
+        if summary.history_bytes > 0 {
+            let commits =
+                format!("{} commit{}", summary.commits, if summary.commits == 1 { "" } else { "s" });
+            rows.push(vec!["history".to_owned(), size(summary.history_bytes), commits]);
+        }
+        for file in &summary.files {
+            rows.push(vec![file.kind.to_owned(), size(file.bytes), file.name.clone()]);
+        }
+        rows.push(vec!["in all".to_owned(), size(summary.bytes), String::new()]);
+        table(&["WHAT", "SIZE", "NAME"], &["SIZE"], rows)
+    })
 }
 
 /// Refuses early what the workspace-agent would refuse.
@@ -65,12 +107,14 @@ pub(crate) async fn import(
     vm: &str,
     repository: Repository,
     guest_path: &str,
-    include_untracked: bool,
+    parts: &cli::Parts,
+    force: bool,
 ) -> Result<ImportReport, Error> {
+    let options = parts.options();
     let (send, receive) = mpsc::channel::<Result<Bytes, Error>>(QUEUE);
     let packing = tokio::task::spawn_blocking(move || {
         let mut out = io::BufWriter::with_capacity(PIECE, Pieces(send.clone()));
-        let packed = repository.pack(PackOptions { include_untracked }, &mut out).and_then(|summary| {
+        let packed = repository.pack(&options, &mut out).and_then(|summary| {
             out.flush().map(|()| summary).map_err(|e| Error::internal("cannot send the pack", &e))
         });
         // What is still in the buffer of a pack that failed must not follow.
@@ -83,7 +127,12 @@ pub(crate) async fn import(
     });
     let body: Body =
         BodyExt::boxed(StreamBody::new(ReceiverStream::new(receive).map(|piece| piece.map(Frame::data))));
-    let path = format!("/v1/vms/{}/workspace?guest_path={}", api::segment(vm), api::segment(guest_path));
+    let path = format!(
+        "/v1/vms/{}/workspace?guest_path={}&force={force}&readonly={}",
+        api::segment(vm),
+        api::segment(guest_path),
+        parts.readonly
+    );
     let sent = context.gateway.upload::<ImportReport>(&path, body).await;
     let packed = packing.await.map_err(|e| Error::internal("packing the repository broke off", &e))?;
     match (sent, packed) {

@@ -11,7 +11,7 @@ pub(crate) use catalogue::{Init, Keep, Kernel, Register};
 pub(crate) use idle::IdlePolicy;
 pub(crate) use network::{Network, Policy};
 pub(crate) use vm::{Delete, Exec, Prune, Refs, Several, Vm};
-pub(crate) use workspace::{Export, Form, Workspace};
+pub(crate) use workspace::{Export, Form, How, Parts, Prepare, Workspace};
 
 use bothy_contract::{ImageName, VmName};
 use clap::{Args, Parser, Subcommand, ValueHint};
@@ -120,9 +120,8 @@ pub(crate) struct Run {
     /// Keep the machine at the end (the default)
     #[arg(long, conflicts_with = "rm")]
     pub(crate) keep: bool,
-    /// Take untracked files along (ignored ones never)
-    #[arg(long)]
-    pub(crate) include_untracked: bool,
+    #[command(flatten)]
+    pub(crate) parts: Parts,
     /// Where the repository goes in the machine
     #[arg(long, value_name = "PATH", default_value = DEFAULT_GUEST_PATH)]
     pub(crate) guest_path: String,

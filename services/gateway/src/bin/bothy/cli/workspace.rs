@@ -2,25 +2,14 @@
 
 use super::DEFAULT_GUEST_PATH;
 use bothy_contract::workspace::ExportFormat;
+use bothy_pack::{Mode, PackOptions};
 use clap::{Args, Subcommand, ValueEnum, ValueHint};
 use std::path::PathBuf;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Workspace {
     /// Put a repository into a machine
-    Prepare {
-        /// Name, id, or a unique prefix of either
-        vm: String,
-        /// The repository
-        #[arg(default_value = ".", value_hint = ValueHint::DirPath)]
-        path: PathBuf,
-        /// Take untracked files along (ignored ones never)
-        #[arg(long)]
-        include_untracked: bool,
-        /// Where it goes in the machine
-        #[arg(long, value_name = "PATH", default_value = DEFAULT_GUEST_PATH)]
-        guest_path: String,
-    },
+    Prepare(Prepare),
     /// Bring what was done since the repository was put there back
     Export(Export),
     /// Show how the repository in the machine stands, and whether this one has moved on
@@ -34,6 +23,78 @@ pub(crate) enum Workspace {
         #[arg(long, value_name = "PATH", default_value = DEFAULT_GUEST_PATH)]
         guest_path: String,
     },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Prepare {
+    /// Name, id, or a unique prefix of either
+    pub(crate) vm: String,
+    /// The repository
+    #[arg(default_value = ".", value_hint = ValueHint::DirPath)]
+    pub(crate) path: PathBuf,
+    #[command(flatten)]
+    pub(crate) parts: Parts,
+    /// Where it goes in the machine
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_GUEST_PATH)]
+    pub(crate) guest_path: String,
+    /// Replace a repository that was put there before, even if work in it is lost
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// List what would go, with sizes, and send nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+/// Which parts of a repository go.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Parts {
+    /// How much of it
+    #[arg(long, value_enum, default_value_t = How::Shallow, value_name = "MODE")]
+    pub(crate) mode: How,
+    /// Make a branch of this name in the machine only
+    #[arg(long, value_name = "NAME")]
+    pub(crate) branch: Option<String>,
+    /// Where that branch begins [default: HEAD, with the changes of the working tree]
+    #[arg(long, value_name = "REV", requires = "branch")]
+    pub(crate) from: Option<String>,
+    /// Take untracked files along (not ignored ones)
+    #[arg(long)]
+    pub(crate) include_untracked: bool,
+    /// Take ignored files along whose path from the top matches; `**` is any directories
+    #[arg(long, value_name = "GLOB")]
+    pub(crate) include: Vec<String>,
+    /// Let nobody in the machine write to it, until the machine starts again
+    #[arg(long)]
+    pub(crate) readonly: bool,
+}
+
+impl Parts {
+    /// What that means to a pack.
+    pub(crate) fn options(&self) -> PackOptions {
+        PackOptions {
+            mode: match self.mode {
+                How::Shallow => Mode::Shallow,
+                How::Full => Mode::Full,
+                How::Copy => Mode::Copy,
+            },
+            include_untracked: self.include_untracked,
+            include: self.include.clone(),
+            branch: self.branch.clone(),
+            from: self.from.clone(),
+            list: false,
+        }
+    }
+}
+
+/// How much of a repository goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum How {
+    /// Recent history of the branch, and the tracked files as they are
+    Shallow,
+    /// All history with all branches and tags, and the tracked files as they are
+    Full,
+    /// The files without git; nothing can be exported again
+    Copy,
 }
 
 #[derive(Debug, Args)]
