@@ -1,15 +1,17 @@
 //! The image-agent's methods on the bus. Each is one call of what [`Agent`] owns, made where file work holds up nobody.
 
-use crate::{agent::Agent, builds, fault::blocking, kernels, promote, register, remove, seeds, verify};
+use crate::{
+    agent::Agent, builds, fault::blocking, kernels, oci::Intake, promote, register, remove, seeds, verify,
+};
 use bothy_bus::{Client, Server};
 use bothy_contract::{
     Error,
     catalogue::KernelList,
     image::{DiskList, DiskUsageList, FrozenList, ImageList},
     methods::{
-        ImageBuild, ImageDisksGrow, ImageDisksList, ImageDisksRelease, ImageDisksUsage, ImageListAll,
-        ImageOpCancel, ImageOpList, ImageOpShow, ImagePromote, ImagePrune, ImageRegister, ImageRemove,
-        ImageResolve, ImageRootfsPrepare, ImageShow, ImageTemplateForget, ImageTemplateFreeze,
+        ImageBuild, ImageDisksGrow, ImageDisksList, ImageDisksRelease, ImageDisksUsage, ImageIntakeOpen,
+        ImageListAll, ImageOpCancel, ImageOpList, ImageOpShow, ImagePromote, ImagePrune, ImageRegister,
+        ImageRemove, ImageResolve, ImageRootfsPrepare, ImageShow, ImageTemplateForget, ImageTemplateFreeze,
         ImageTemplateList, ImageVerify, ImageWorkDiskPrepare, KernelImport, KernelListAll, KernelRemove,
         KernelShow,
     },
@@ -69,7 +71,8 @@ pub(crate) async fn run(
             }
         }};
     }
-    Server::new(client.clone(), AT_ONCE)
+    let streams = Intake::serve(agent.clone(), ops.clone(), stop.clone());
+    let server = Server::new(client.clone(), AT_ONCE)
         .serve::<ImageListAll, _, _>(on!(|a, _ask| Ok(ImageList { images: a.store.list()? })))
         .serve::<ImageShow, _, _>(on!(|a, ask| a.store.show(&ask.image)))
         .serve::<ImageResolve, _, _>(on!(|a, ask| a.resolve(&ask.image)))
@@ -104,6 +107,13 @@ pub(crate) async fn run(
         .serve::<ImageVerify, _, _>(begin!(verify))
         .serve::<ImageRegister, _, _>(begin!(register))
         .serve::<ImagePromote, _, _>(begin!(promote))
+        .serve::<ImageIntakeOpen, _, _>({
+            let agent = agent.clone();
+            move |_, ask| {
+                let agent = agent.clone();
+                async move { agent.intake.clone().open(agent, ask).await }
+            }
+        })
         .serve::<KernelImport, _, _>(begin!(kernels))
         .serve::<KernelListAll, _, _>(on!(|a, _ask| Ok(KernelList { kernels: a.store.kernels()? })))
         .serve::<KernelShow, _, _>(on!(|a, ask| a.kernel(&ask.kernel)))
@@ -113,7 +123,18 @@ pub(crate) async fn run(
         .serve::<ImageOpShow, _, _>(op!(show))
         .serve::<ImageOpList, _, _>(op!(list))
         .serve::<ImageOpCancel, _, _>(op!(cancel))
-        .on_ready(ready)
-        .run(stop)
-        .await
+        .on_ready(ready);
+    // Whichever ends takes the other along.
+    let serve = async {
+        let served = server.run(stop.clone()).await;
+        stop.cancel();
+        served
+    };
+    let take = async {
+        let taken = streams.await;
+        stop.cancel();
+        taken
+    };
+    let (served, taken) = tokio::join!(serve, take);
+    served.and(taken)
 }

@@ -13,6 +13,7 @@ pub mod error;
 pub mod guest;
 pub mod id;
 pub mod image;
+pub mod intake;
 pub mod methods;
 pub mod name;
 pub mod net;

@@ -13,6 +13,7 @@ use crate::{
         GetDiskUsage, GrowDisks, ImageList, ImageManifest, ImageRef, ListDisks, ListFrozen, ListImages,
         PrepareRootfs, PrepareWorkDisk, ReleaseDisks, Rootfs, WorkDisk,
     },
+    intake::OpenIntake,
     net::{
         AcquireLease, Done, EgressReport, GetEgress, GetNetHost, Lease, LeaseList, ListLeases, NameVm,
         NetHost, PublishPorts, ReleaseLease, SetEgress, TeardownNet, UnnameVm,
@@ -196,6 +197,8 @@ methods! {
     KernelImport = Image.kernel.import(ImportKernel) -> Begun, changes, by [Gateway], within 10 s;
     /// Removes a kernel that no image boots.
     KernelRemove = Image.kernel.remove(KernelRef) -> Pruned, changes, by [Gateway], within 30 s;
+    /// Opens a stream for what an image is to be made of.
+    ImageIntakeOpen = Image.intake.open(OpenIntake) -> Ticket, reads, by [Gateway], within 10 s;
     /// Makes a VM's rootfs ready.
     ImageRootfsPrepare = Image.rootfs.prepare(PrepareRootfs) -> Rootfs, changes, by [Vm], within 60 s;
     /// Makes a VM's work disk ready.

@@ -47,40 +47,60 @@ impl<R: Read> Read for Hashing<'_, R> {
     }
 }
 
-/// Both ways to the file below.
-enum Decoder<R: BufRead> {
+/// A stream, decompressed where it begins as a compressed one does.
+pub struct Decoder<R: BufRead>(Inner<R>);
+
+enum Inner<R: BufRead> {
     Plain(R),
-    Gzip(flate2::bufread::MultiGzDecoder<R>),
+    Gzip(Box<flate2::bufread::MultiGzDecoder<R>>),
     Zstd(zstd::Decoder<'static, R>),
 }
 
+impl<R: BufRead> std::fmt::Debug for Decoder<R> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Decoder").field("compressed", &self.is_compressed()).finish_non_exhaustive()
+    }
+}
+
 impl<R: BufRead> Decoder<R> {
-    fn new(mut source: R) -> io::Result<Result<Self, Error>> {
-        let start = source.fill_buf()?;
-        Ok(Ok(match start {
-            [0x1f, 0x8b, ..] => Self::Gzip(flate2::bufread::MultiGzDecoder::new(source)),
-            [0x28, 0xb5, 0x2f, 0xfd, ..] => Self::Zstd(zstd::Decoder::with_buffer(source)?),
-            [0xfd, b'7', b'z', b'X', b'Z', ..] => return Ok(Err(unknown("xz"))),
-            [b'B', b'Z', b'h', ..] => return Ok(Err(unknown("bzip2"))),
-            _ => Self::Plain(source),
+    /// The stream that `source` is at the start of.
+    ///
+    /// # Errors
+    /// It cannot be read, or is compressed in a way that is not known here.
+    pub fn new(mut source: R) -> Result<Self, Error> {
+        let unreadable = |e: io::Error| Error::invalid(format!("it is damaged: {e}"));
+        let start = source.fill_buf().map_err(unreadable)?;
+        Ok(Self(match start {
+            [0x1f, 0x8b, ..] => Inner::Gzip(Box::new(flate2::bufread::MultiGzDecoder::new(source))),
+            [0x28, 0xb5, 0x2f, 0xfd, ..] => {
+                Inner::Zstd(zstd::Decoder::with_buffer(source).map_err(unreadable)?)
+            }
+            [0xfd, b'7', b'z', b'X', b'Z', ..] => return Err(unknown("xz")),
+            [b'B', b'Z', b'h', ..] => return Err(unknown("bzip2")),
+            _ => Inner::Plain(source),
         }))
     }
 
+    /// Whether it is compressed.
+    pub fn is_compressed(&self) -> bool {
+        !matches!(self.0, Inner::Plain(_))
+    }
+
     fn into_inner(self) -> R {
-        match self {
-            Self::Plain(r) => r,
-            Self::Gzip(d) => d.into_inner(),
-            Self::Zstd(d) => d.finish(),
+        match self.0 {
+            Inner::Plain(r) => r,
+            Inner::Gzip(d) => d.into_inner(),
+            Inner::Zstd(d) => d.finish(),
         }
     }
 }
 
 impl<R: BufRead> Read for Decoder<R> {
     fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Self::Plain(r) => r.read(to),
-            Self::Gzip(d) => d.read(to),
-            Self::Zstd(d) => d.read(to),
+        match &mut self.0 {
+            Inner::Plain(r) => r.read(to),
+            Inner::Gzip(d) => d.read(to),
+            Inner::Zstd(d) => d.read(to),
         }
     }
 }
@@ -131,10 +151,8 @@ pub(crate) fn decode<R: Read>(
     let damaged = |e: &io::Error| {
         stopped.get().cloned().unwrap_or_else(|| Error::invalid(format!("it is damaged: {e}")))
     };
-    let mut decoder = match Decoder::new(io::BufReader::with_capacity(256 << 10, outer)) {
-        Ok(decoder) => decoder?,
-        Err(e) => return Err(damaged(&e)),
-    };
+    let mut decoder = Decoder::new(io::BufReader::with_capacity(256 << 10, outer))
+        .map_err(|e| stopped.get().cloned().unwrap_or(e))?;
     let mut hash = Sha256::new();
     loop {
         let mut piece = Vec::with_capacity(PIECE);
@@ -175,10 +193,8 @@ pub fn decompress<R: Read>(
     let damaged = |e: &io::Error| {
         stopped.get().cloned().unwrap_or_else(|| Error::invalid(format!("it is damaged: {e}")))
     };
-    let decoder = match Decoder::new(io::BufReader::with_capacity(256 << 10, outer)) {
-        Ok(decoder) => decoder?,
-        Err(e) => return Err(damaged(&e)),
-    };
+    let decoder = Decoder::new(io::BufReader::with_capacity(256 << 10, outer))
+        .map_err(|e| stopped.get().cloned().unwrap_or(e))?;
     let mut decoder = decoder.take(limit.saturating_add(1));
     match io::copy(&mut decoder, to) {
         Ok(n) if n > limit => Err(Error::new(

@@ -24,7 +24,7 @@ mod space;
 mod tree;
 
 pub use archive::{Entry, Kind, Reader};
-pub use codec::{Beat, decompress};
+pub use codec::{Beat, Decoder, decompress};
 
 use bothy_contract::{Code, Error, error::chain};
 use std::{

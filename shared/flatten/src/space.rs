@@ -64,7 +64,7 @@ impl Space {
     pub(crate) fn take(&self, blocks: u64) -> Result<u64, Error> {
         let start = self.next.fetch_add(blocks, Ordering::Relaxed);
         if blocks > self.end || start > self.end - blocks {
-            let most = (self.end - HEAD) * BLOCK >> 30;
+            let most = ((self.end - HEAD) * BLOCK) >> 30;
             return Err(Error::new(
                 Code::ResourceExhausted,
                 format!("the image would be larger than {most} GiB"),

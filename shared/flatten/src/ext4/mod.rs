@@ -65,7 +65,7 @@ impl Shape {
 }
 
 /// Writes all but the data of `tree` to `space`. `written` are all runs of data that layers had, wanted or not.
-pub(crate) fn write(mut tree: Tree, space: &Space, written: &mut Vec<Span>) -> Result<Summary, Error> {
+pub(crate) fn write(mut tree: Tree, space: &Space, written: &mut [Span]) -> Result<Summary, Error> {
     // Checkers of file systems want it there.
     if tree.child(ROOT, b"lost+found").is_none() {
         let meta = crate::layer::Meta { mode: 0o700, ..Default::default() };
@@ -115,7 +115,7 @@ pub(crate) fn write(mut tree: Tree, space: &Space, written: &mut Vec<Span>) -> R
 }
 
 /// Gives back the data that no file has, and says how much that is.
-fn punch(space: &Space, written: &mut Vec<Span>, live: &mut Vec<Span>) -> u64 {
+fn punch(space: &Space, written: &mut [Span], live: &mut Vec<Span>) -> u64 {
     written.sort_unstable();
     live.sort_unstable();
     live.dedup();

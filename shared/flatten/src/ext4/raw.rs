@@ -89,7 +89,7 @@ impl Bitmap {
         while bit < end {
             let at = usize::try_from(bit / 8).unwrap_or(usize::MAX);
             let Some(byte) = self.bytes.get_mut(at) else { return };
-            if bit % 8 == 0 && end - bit >= 8 {
+            if bit.is_multiple_of(8) && end - bit >= 8 {
                 *byte = 0xff;
                 bit += 8;
             } else {

@@ -38,7 +38,7 @@ fn sorted(xattrs: &[(Vec<u8>, Vec<u8>)]) -> Vec<(u8, &[u8], &[u8])> {
 pub(super) fn inside(xattrs: &[(Vec<u8>, Vec<u8>)], room: &mut [u8]) -> bool {
     let (head, rest) = room.split_at_mut(4);
     let mut area = vec![0; rest.len()];
-    if !fill(&sorted(xattrs), &mut area, 0, 0).is_some() {
+    if fill(&sorted(xattrs), &mut area, 0, 0).is_none() {
         return false;
     }
     put32(head, 0, MAGIC);
