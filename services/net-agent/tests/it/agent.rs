@@ -1,6 +1,9 @@
 //! The real binary on a real bus.
 
-use crate::world::{ruleset, taps};
+use crate::{
+    resolver::{ask, data},
+    world::{ruleset, taps},
+};
 use bothy_bus::{Client, testing::TestBus};
 use bothy_contract::{
     Code, Error, Service, VmId,
@@ -15,6 +18,7 @@ use bothy_contract::{
 };
 use bothy_net_agent::tun;
 use bothy_testkit::{ChildGuard, Netns, require_root};
+use hickory_proto::rr::RecordType;
 use nix::sys::signal::Signal;
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -107,7 +111,19 @@ fn a_wrong_configuration_ends_the_agent() {
 }
 
 /// What the kernel shows and the lease table says are the same thing.
-async fn agrees(gateway: &Client, held: &BTreeMap<VmId, Lease>) {
+async fn agrees(ns: &Netns, gateway: &Client, held: &BTreeMap<VmId, Lease>) {
+    let rows = gateway.call::<NetLeaseList>(&ListLeases {}).await.unwrap().leases;
+    for row in &rows {
+        let [a, b, c, d] = row.lease.address.octets();
+        let pointer =
+            ask(ns, row.lease.gateway.into(), &format!("{d}.{c}.{b}.{a}.in-addr.arpa."), RecordType::PTR);
+        let expected: Vec<String> = row.name.iter().map(|name| format!("{name}.vm.")).collect();
+        assert_eq!(data(&pointer), expected, "what DNS says of {}", row.lease.address);
+        for name in expected {
+            let found = ask(ns, row.lease.gateway.into(), &name, RecordType::A);
+            assert_eq!(data(&found), [row.lease.address.to_string()]);
+        }
+    }
     // The pool is filled in the background.
     for _ in 0..100 {
         let rows = gateway.call::<NetLeaseList>(&ListLeases {}).await.unwrap().leases;
@@ -173,7 +189,7 @@ fn killed_at_any_moment_it_comes_back_as_it_was() {
         for round in 0..kills {
             let mut agent = start(ns, file);
             leased(&gateway).await;
-            agrees(&gateway, &held).await;
+            agrees(ns, &gateway, &held).await;
             let before = held.clone();
             let calls = Arc::clone(&vm_agent);
             let churn = tokio::spawn(async move {
@@ -189,10 +205,16 @@ fn killed_at_any_moment_it_comes_back_as_it_was() {
                             _ => Egress::Allow { names: vec!["a.test".to_owned()] },
                         };
                         let request = AcquireLease { egress: Some(egress), ..AcquireLease::new(vm) };
-                        soon(calls.call::<NetLeaseAcquire>(&request)).await.map(|lease| {
+                        let leased = soon(calls.call::<NetLeaseAcquire>(&request)).await.map(|lease| {
                             held.insert(vm, lease);
                             unsure.remove(&vm);
-                        })
+                        });
+                        let name = NameVm { vm, name: format!("v{vm}").parse().unwrap() };
+                        match leased {
+                            // Whether it has its name or not, the table and DNS say the same.
+                            Some(()) => soon(calls.call::<NetNameSet>(&name)).await.map(drop),
+                            None => None,
+                        }
                     } else {
                         let vm = *held.keys().next().unwrap();
                         held.remove(&vm);
@@ -219,7 +241,7 @@ fn killed_at_any_moment_it_comes_back_as_it_was() {
             for vm in unsure {
                 vm_agent.call::<NetLeaseRelease>(&ReleaseLease { vm }).await.unwrap();
             }
-            agrees(&gateway, &held).await;
+            agrees(ns, &gateway, &held).await;
             next.signal(Signal::SIGKILL);
         }
     });
@@ -254,6 +276,8 @@ fn two_capabilities_are_enough() {
         let report = gateway.call::<NetEgressShow>(&GetEgress { vm }).await.unwrap();
         assert_eq!(report.policy, Egress::Open);
         vm_agent.call::<NetNameSet>(&NameVm { vm, name: "a".parse().unwrap() }).await.unwrap();
+        let found = ask(ns, lease.gateway.into(), "a.vm.", RecordType::A);
+        assert_eq!(data(&found), [lease.address.to_string()], "port 53");
         vm_agent.call::<NetNameUnset>(&UnnameVm { vm }).await.unwrap();
         vm_agent.call::<NetPortsPublish>(&PublishPorts { vm, ports: vec![] }).await.unwrap();
         vm_agent.call::<NetLeaseRelease>(&ReleaseLease { vm }).await.unwrap();
