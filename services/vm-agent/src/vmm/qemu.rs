@@ -97,7 +97,9 @@ pub(crate) fn kernel_command_line(accel: Accel, tsc_khz: Option<u32>) -> String 
             let lpj = u64::from(khz) * 1000 / KERNEL_HZ;
             line.push_str(&format!(" tsc_early_khz={khz} lpj={lpj}"));
         }
-        line.push_str(" no_timer_check");
+        // A guest of a busy host finds that its counter and its timer interrupts disagree. With nothing else to go by it would
+        // give up the counter, which is right, and count interrupts, many of which come late or never.
+        line.push_str(" no_timer_check tsc=reliable");
     }
     line
 }
