@@ -65,9 +65,10 @@ fn workspace_prepare_and_export_work_on_a_vm_that_stays() {
     let dir = repo::sample(&host.scratch());
     host.create("stay");
     host.bothy(["workspace", "prepare", "stay", dir.to_str().unwrap()]).ok();
-    let again = host.bothy(["workspace", "prepare", "stay", dir.to_str().unwrap()]);
-    assert_eq!(again.status, 125, "a second import onto a tree that is there is refused: {again:?}");
-    assert!(again.stderr.contains("hint"), "{}", again.stderr);
+    // Once more: nothing is lost by it. Then work is done, and it is refused.
+    host.bothy(["workspace", "prepare", "stay", dir.to_str().unwrap()]).ok();
+    let status = host.bothy(["workspace", "status", "stay", dir.to_str().unwrap()]).ok().stdout;
+    assert!(status.contains("has not moved on"), "{status}");
 
     // Nothing changed: an empty patch, said so.
     let patch = host.scratch().join("p");
@@ -80,9 +81,33 @@ fn workspace_prepare_and_export_work_on_a_vm_that_stays() {
     let before = host.sh("stay", state).ok().stdout;
     host.bothy(["workspace", "export", "stay", "--output", patch.to_str().unwrap()]).ok();
     assert_eq!(host.sh("stay", state).ok().stdout, before);
-    repo::git(&dir, &["apply", patch.to_str().unwrap()]);
+    let again = host.bothy(["workspace", "prepare", "stay", dir.to_str().unwrap()]);
+    assert_eq!(again.status, 125, "a second import onto work is refused: {again:?}");
+    assert!(again.stderr.contains("would lose 2 changed files (s, u)"), "{}", again.stderr);
+    let here = dir.to_str().unwrap();
+    let apply = ["workspace", "export", "stay", "--apply", "--repository", here];
+    let dirty = host.bothy(apply);
+    assert!(dirty.status == 125 && dirty.stderr.contains("changes of its own"), "{dirty:?}");
+    repo::git(&dir, &["stash", "-q"]);
+    host.bothy(apply).ok();
     assert_eq!(fs_err::read_to_string(dir.join("s")).unwrap(), "staged\nmore\n");
     assert_eq!(fs_err::read_to_string(dir.join("u")).unwrap(), "u\n");
+
+    // Commits as a bundle, which is looked at before it is recommended.
+    host.sh("stay", "cd /root/repo && git -c user.name=g -c user.email=g@g commit -qam work").ok();
+    let bundle = host.scratch().join("work.bundle");
+    let form = ["workspace", "export", "stay", "--format", "bundle", "--repository", here, "-o"];
+    let made = host.bothy(form.into_iter().chain([bundle.to_str().unwrap()])).ok();
+    assert!(made.stdout.contains("1 commit that change"), "{made:?}");
+    repo::git(&dir, &["fetch", "-q", bundle.to_str().unwrap(), "refs/bothy/export:refs/heads/from-bothy"]);
+    assert_eq!(repo::git(&dir, &["log", "-1", "--format=%s", "from-bothy"]), "work\n");
+
+    // With force it is replaced, here by a tree that nobody there may write to.
+    host.bothy(["workspace", "prepare", "stay", here, "--force", "--readonly", "--branch", "there"]).ok();
+    let wrote = host.sh("stay", "cd /root/repo && git branch --show-current && test ! -e u && touch x");
+    assert!(wrote.status != 0 && wrote.stdout == "there\n", "{wrote:?}");
+    host.bothy(["workspace", "prepare", "stay", here]).ok();
+    host.sh("stay", "cd /root/repo && touch x").ok();
 
     host.bothy(["vm", "delete", "stay", "--force"]).ok();
     host.finish();

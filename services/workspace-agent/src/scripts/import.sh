@@ -42,7 +42,7 @@ export GIT_COMMITTER_NAME=bothy GIT_COMMITTER_EMAIL=bothy@localhost GIT_COMMITTE
 git init -q --template= --object-format="$format" "$work/repo"
 cd "$work/repo"
 mkdir -p .git/info .git/hooks
-# With an index made by the host: to index a pack is to read all of it, which takes long where the processor is emulated.
+# With an index made by the host: to index a pack is to read all of it, and slow where the processor is emulated.
 mkdir -p .git/objects/pack
 chmod 444 "$pack/history.pack" "$pack/history.idx"
 mv -- "$pack/history.pack" ".git/objects/pack/pack-$head.pack"

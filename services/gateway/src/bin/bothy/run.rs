@@ -10,6 +10,10 @@ use std::path::{Path, PathBuf};
 
 pub(crate) async fn main(context: &Context, args: cli::Run) -> Result<Status, Error> {
     workspace::check_guest_path(&args.guest_path)?;
+    if args.parts.mode == cli::How::Copy {
+        return Err(Error::invalid("`run` brings the work back, and a copy without git has no way back")
+            .hint("use `--mode shallow`, or `bothy vm create` and `bothy workspace prepare --mode copy`"));
+    }
     let repository = Repository::open(&args.path)?;
     let root = repository.root().to_owned();
     if let Some(patch) = &args.patch {
