@@ -291,6 +291,10 @@ pub(super) async fn wait_services(
             cx.unless_stopped(guest.alive_within("waiting for the guest's services", limit, wait)).await?,
         );
     }
+    // It was told the time with its identity, which may have taken long to be heard.
+    if let Err(error) = guest.set_clock().await {
+        tracing::warn!(bothy.vm.id = %vm, %error, "the guest's clock may be wrong");
+    }
     if resumed {
         // Its boot was its template's.
         return Ok(Vec::new());

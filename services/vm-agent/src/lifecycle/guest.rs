@@ -24,7 +24,7 @@ use std::{
     net::IpAddr,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 /// The pause before a guest whose channel broke is tried again.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -34,6 +34,11 @@ const BREAK: Duration = Duration::from_millis(300);
 const CALL: Duration = Duration::from_secs(60);
 /// Random bytes for the guest's pool.
 const ENTROPY: usize = 64;
+/// How often a guest's clock is set; how far it may be off, in microseconds, beside what cannot be known; and how long the way
+/// of a question may take that is taken to tell enough.
+const CLOCK_TRIES: usize = 6;
+const CLOCK_OFF_US: u64 = 5000;
+const CLOCK_WAY: Duration = Duration::from_millis(60);
 /// How much of the console's end an error shows.
 const LAST_LINES: usize = 15;
 /// How long one of its lines, or a guest's reason, may be, in letters.
@@ -188,7 +193,36 @@ impl Guest {
         let ask = ResumedRequest { unix_time_us: unix_time_us(), entropy: entropy()? };
         let told = client.resumed(ask).await.map_err(|s| fail("resumed", &s))?.into_inner();
         let behind = Duration::from_micros(u64::try_from(told.clock_was_off_us).unwrap_or_default());
+        self.adjust_clock().await?;
         Ok((plain_id(&told.boot_id), behind))
+    }
+
+    /// Looks at the guest's clock, and sets it until it is right: what the host's clock said when a request was made is
+    /// late by as long as that took, which on a loaded host is seconds.
+    pub(crate) async fn set_clock(&self) -> Result<(), Error> {
+        self.alive_within("setting the guest's clock", CALL, self.adjust_clock()).await
+    }
+
+    async fn adjust_clock(&self) -> Result<(), Error> {
+        let mut client = self.client().await?;
+        for _ in 0..CLOCK_TRIES {
+            let (asked, begun) = (unix_time_us(), Instant::now());
+            let told = client.health(HealthRequest {}).await.map_err(|s| fail("health", &s))?.into_inner();
+            let way = begun.elapsed();
+            // The guest looked at its clock somewhere on that way (RFC 5905 has the same for a network).
+            let half = u64::try_from(way.as_micros() / 2).unwrap_or(u64::MAX);
+            let off = told.unix_time_us.abs_diff(asked.saturating_add(half)).saturating_sub(half);
+            if off <= CLOCK_OFF_US {
+                if way < CLOCK_WAY {
+                    break;
+                }
+                continue;
+            }
+            let ask =
+                ResumedRequest { unix_time_us: unix_time_us().saturating_add(half), entropy: entropy()? };
+            client.resumed(ask).await.map_err(|s| fail("resumed", &s))?;
+        }
+        Ok(())
     }
 
     /// Has the guest stand still so that it can be saved. What could not be made quiet, by its own word.
@@ -266,7 +300,7 @@ async fn wait_service(mut client: GuestClient, service: &WaitService) -> Result<
         unit: service.unit.clone().unwrap_or_default(),
         timeout_ms: u64::try_from(limit.as_millis()).unwrap_or(u64::MAX),
     };
-    let begun = tokio::time::Instant::now();
+    let begun = Instant::now();
     let (code, why, log) = match timeout(limit + AFTERWORD, client.wait_service(request)).await {
         Ok(answer) => {
             let told = answer.map_err(|s| fail("wait_service", &s))?.into_inner();
