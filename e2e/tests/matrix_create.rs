@@ -5,12 +5,13 @@ use bothy_e2e::matrix::{Break, Cell, Fault, Matrix, Then};
 use bothy_testkit::require_root;
 
 /// Who dies so that the create must go on to its end all the same: whoever serves the stage, or the vm-agent.
-const SERVED_BY: [(&str, Service); 11] = [
+const SERVED_BY: [(&str, Service); 12] = [
     ("resolve_image", Service::Image),
     ("acquire_network", Service::Net),
     ("host_key", Service::Vm),
     ("prepare_rootfs", Service::Image),
     ("prepare_work_disk", Service::Vm),
+    ("resume", Service::Vm),
     ("launch_vmm", Service::Vm),
     ("wait_guest", Service::Vm),
     ("personalise", Service::Vm),
@@ -68,6 +69,15 @@ fn prepare_rootfs() {
 fn prepare_work_disk() {
     require_root!();
     stage("prepare_work_disk", &[Break::TornRootfs]);
+}
+
+#[test]
+fn resume() {
+    require_root!();
+    let mut matrix = Matrix::start(|config| config.template.max = 1);
+    matrix.warm();
+    matrix.creates(&cells("resume", &[]));
+    matrix.finish();
 }
 
 #[test]

@@ -98,7 +98,8 @@ impl Matrix {
                 drop(net);
                 (begun, Held::Process(held))
             }
-            "launch_vmm" => {
+            // Of a create that has a template: there the VMM is started by this stage.
+            "launch_vmm" | "resume" => {
                 let held = self.gates.hold(Program::Qemu);
                 (begin()?, Held::Gate(held))
             }

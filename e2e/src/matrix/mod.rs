@@ -99,6 +99,15 @@ impl Matrix {
         Self { host, gates, gateway, journal, rows: Vec::new() }
     }
 
+    /// Makes the template of what the cells create, so that they are resumed. The host must make templates.
+    ///
+    /// # Panics
+    /// If it cannot be made.
+    pub fn warm(&mut self) {
+        self.host.bothy(["image", "warm", QUICK, "--cpus", "1", "--memory", "256M"]).ok();
+        self.host.take_for_granted();
+    }
+
     /// Runs `cells` of the create, one after the other.
     pub fn creates(&mut self, cells: &[Cell]) {
         for (n, cell) in cells.iter().enumerate() {
