@@ -250,7 +250,7 @@ mod tests {
         let image = plant(&store, "a", 10);
         let booting = ImageManifest { kernel: Some(old.name.clone()), ..image.clone() };
         super::super::publish::write_manifest(&store.dir_of(&image.name), &booting).unwrap();
-        assert_eq!(store.kernels().unwrap()[1].used_by, [image.name.clone()]);
+        assert_eq!(store.kernels().unwrap()[1].used_by, std::slice::from_ref(&image.name));
         let err = store.remove_kernel(&old.name).unwrap_err();
         assert_eq!(err.message, "kernel 6.1.0-9 is used by image a");
         store.remove(&image.name).unwrap();

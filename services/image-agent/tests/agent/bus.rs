@@ -119,7 +119,7 @@ async fn an_image_is_removed_once_no_vm_uses_it() {
             _ => tokio::time::sleep(Duration::from_millis(20)).await,
         }
     };
-    assert_eq!(would.images, [image.clone()]);
+    assert_eq!(would.images, std::slice::from_ref(&image));
     gateway.call::<ImageShow>(&ask).await.unwrap();
     assert_eq!(gateway.call::<ImageRemove>(&ask).await.unwrap().images, [image]);
     assert_eq!(gateway.call::<ImageRemove>(&ask).await.unwrap_err().code, Code::NotFound);

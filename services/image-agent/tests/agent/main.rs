@@ -1,6 +1,10 @@
 //! The real binary on a real bus.
 
-#![expect(clippy::unwrap_used, reason = "a failed test is meant to stop, with the line")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a failed test is meant to stop, with the line"
+)]
 
 mod bus;
 mod host;
