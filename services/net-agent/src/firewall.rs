@@ -260,8 +260,8 @@ impl Firewall {
         self.list().await.map(|text| listing::denied(&text)).map_err(|why| self.failed(&why))
     }
 
-    /// Takes away what was counted against the guest of `slot`, which is another's soon.
-    pub async fn forget_denied(&self, slot: u32) -> Result<(), Error> {
+    /// Takes away what was counted of the guest of `slot`, which is another's soon: what it was denied, and its questions.
+    pub async fn forget_counts(&self, slot: u32) -> Result<(), Error> {
         let _alone = self.wanted.lock().await;
         let text = self.list().await.map_err(|why| self.failed(&why))?;
         let of_slot = |denied: &DeniedPackets| self.plan.slot_of(denied.guest) == Some(slot);
@@ -269,6 +269,12 @@ impl Firewall {
             // One that has expired since the listing is not there any more, which is all that is wanted.
             if let Err(why) = self.run(ruleset::forget_denied(&self.plan, guest, to)).await {
                 tracing::debug!(%guest, %to, %why, "a denial has gone by itself");
+            }
+        }
+        let place = self.plan.slot(slot).into_iter().map(|slot| IpAddr::V4(slot.address));
+        for guest in place.chain(self.plan.address6(slot).map(IpAddr::V6)) {
+            if let Err(why) = self.run(ruleset::forget_asked(&self.plan, guest)).await {
+                tracing::debug!(%guest, %why, "it has not asked for a name in the last minute");
             }
         }
         Ok(())

@@ -342,7 +342,7 @@ impl Inner {
         self.zone.set(held.slot, None);
         self.apply_egress(vm, &held, &Egress::None).await?;
         self.devices.remove(held.slot).await?;
-        self.devices.firewall.forget_denied(held.slot).await?;
+        self.devices.firewall.forget_counts(held.slot).await?;
         self.leases.delete(vm).await?;
         self.vms().remove(&vm);
         self.denials().forget(held.slot);

@@ -143,6 +143,12 @@ pub fn forget_denied(plan: &Plan, guest: IpAddr, to: IpAddr) -> String {
     format!("delete element inet {} denied{version} {{ {guest} . {to} }}\n", plan.bridge)
 }
 
+/// The command that takes away the count of `guest`'s questions.
+pub fn forget_asked(plan: &Plan, guest: IpAddr) -> String {
+    let version = if guest.is_ipv4() { 4 } else { 6 };
+    format!("delete element inet {} asked{version} {{ {guest} }}\n", plan.bridge)
+}
+
 /// The transaction that makes one change; empty where there is nothing to do.
 pub fn change(plan: &Plan, change: &Change) -> String {
     let names = |names: &BTreeSet<String>| -> Vec<String> {

@@ -25,7 +25,7 @@ fn vms_are_known_by_name_from_the_instant_that_they_have_one() {
     world.resolvers(&["192.0.2.2"]);
     world.with_dns(|net| async move {
         let (one, m) = machine(world, &net, Egress::Open).await;
-        let (two, _) = machine(world, &net, Egress::None).await;
+        let (two, other) = machine(world, &net, Egress::None).await;
         let (four, six) = (IpAddr::from(m.lease.gateway), IpAddr::from(m.lease.gateway6.unwrap()));
         assert_eq!(m.lease.dns, [m.lease.gateway]);
         let nobody = ask(&m.ns, four, "web.vm.", RecordType::A);
@@ -57,7 +57,21 @@ fn vms_are_known_by_name_from_the_instant_that_they_have_one() {
         net.set_name(one, None).await.unwrap();
         assert_eq!(code(&ask(&m.ns, four, "www.vm.", RecordType::A)), ResponseCode::NXDomain);
         assert!(!data(&ask(&m.ns, four, "db.vm.", RecordType::A)).is_empty());
+        // Whoever has asked is counted, until its address is another's.
+        ask(&other.ns, six, "db.vm.", RecordType::A);
+        ask(&other.ns, four, "db.vm.", RecordType::A);
+        let counted = [other.lease.address.to_string(), other.lease.address6.unwrap().to_string()];
+        let of_two = || -> Vec<bool> {
+            let nft = |set: &str| {
+                let out =
+                    std::process::Command::new("nft").args(["list", "set", "inet", "bothy0", set]).output();
+                String::from_utf8(out.unwrap().stdout).unwrap()
+            };
+            ["asked4", "asked6"].iter().zip(&counted).map(|(set, at)| nft(set).contains(at)).collect()
+        };
+        assert_eq!(of_two(), [true, true]);
         net.release(two).await.unwrap();
+        assert_eq!(of_two(), [false, false]);
         assert_eq!(code(&ask(&m.ns, four, "db.vm.", RecordType::A)), ResponseCode::NXDomain);
         assert_eq!(resolver.asked(), [] as [&str; 0], "none of it goes anywhere");
 
