@@ -1,7 +1,8 @@
 //! What one can type behind `bothy vm`.
 
 use super::{
-    IdlePolicy, Policy, Shape,
+    Policy, Shape,
+    idle::Rest,
     network::Reach,
     values::{age, key_value, mib, signal},
 };
@@ -207,8 +208,12 @@ pub(crate) struct Change {
     /// Do not answer on a port of this host any more
     #[arg(long, value_name = "[ADDR:]HOSTPORT", value_parser = Publish::parse_listen)]
     unpublish: Vec<SocketAddr>,
-    #[command(flatten)]
-    idle: IdlePolicy,
+    /// What to do with it when nobody uses it: no exec, no ssh, no traffic
+    #[arg(long, value_name = "WHAT")]
+    idle: Option<Rest>,
+    /// After how long: 10m, 2h, 1d
+    #[arg(long, value_name = "TIME", value_parser = age, requires = "idle")]
+    after: Option<Duration>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -232,7 +237,7 @@ impl Change {
             nat: self.nat.map(|nat| nat == Switch::On),
             egress: self.egress.map(Into::into),
             publish: if ports { Some(self.ports(vm)?) } else { None },
-            idle: self.idle.policy()?,
+            idle: Rest::policy(self.idle, self.after)?,
         })
     }
 
