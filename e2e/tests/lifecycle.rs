@@ -6,7 +6,18 @@ use bothy_testkit::require_root;
 #[test]
 fn a_vm_lives_through_create_exec_stop_start_delete() {
     require_root!();
-    let host = Host::start();
+    a_life(Host::start());
+}
+
+#[test]
+fn a_vm_that_was_resumed_lives_as_one_that_booted() {
+    require_root!();
+    let mut host = Host::start_with(&[], |config| config.template.max = 1);
+    host.warm(&[]);
+    a_life(host);
+}
+
+fn a_life(host: Host) {
     let vm = host.create("web-1");
     assert_eq!(vm["state"], "running");
     assert_eq!(vm["name"], "web-1");
@@ -54,6 +65,7 @@ fn a_vm_lives_through_create_exec_stop_start_delete() {
     assert_eq!(host.show("web-1")["state"], "running");
     host.bothy(["vm", "delete", "web-1", "--force"]).ok();
     assert_eq!(host.bothy(["vm", "list", "--json"]).json().as_array().unwrap().len(), 0);
+    assert_eq!(host.resumed(), u64::from(host.config.template.max));
     host.finish();
 }
 

@@ -66,8 +66,8 @@ struct Guest {
 }
 
 impl Guest {
-    fn create(host: &Host, name: &'static str) -> Self {
-        let vm = host.create_quick(name, &["--memory", "256M"]);
+    fn create(host: &Host, name: &'static str, more: &[&str]) -> Self {
+        let vm = host.create_quick(name, &[&["--memory", "256M"], more].concat());
         let of = |field: &str| vm["lease"][field].as_str().unwrap_or_else(|| panic!("{vm:#}")).to_owned();
         let script = include_str!("network_probe.py");
         host.sh(name, &format!("cat > /root/probe.py <<'END'\n{script}\nEND")).ok();
@@ -99,15 +99,19 @@ fn guests_are_apart_and_the_outside_is_asked_for() {
     join(&netns, &world);
     let log = dir.path().join("datagrams");
     let _outside = outside(&world, &log);
-    let host = Host::start_inside(netns, &[], |config| {
+    let mut host = Host::start_inside(netns, &[], |config| {
         images::variant_into(config, QUICK, |manifest| manifest["wait"] = serde_json::json!([]));
+        config.template.max = 1;
     });
+    host.warm(&[QUICK, "--memory", "256M"]);
     // A service of the host, at all its addresses.
     let mut service = Command::new("python3");
     service.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/network_world.py"));
     service.arg(PORT.to_string()).arg(dir.path().join("own")).stdin(Stdio::null());
     let service = host.spawn(&mut service);
-    let (one, two) = (Guest::create(&host, "one"), Guest::create(&host, "two"));
+    // One that was resumed from a template, one that has booted: what holds for the one holds for the other.
+    let (one, two) = (Guest::create(&host, "one", &[]), Guest::create(&host, "two", &["--cold"]));
+    assert_eq!(host.resumed(), 1);
 
     // In the guest: one address in each family and the link-local one of its MAC, at once and not in a while.
     let shown =

@@ -6,7 +6,18 @@ use bothy_testkit::require_root;
 #[test]
 fn run_takes_the_repository_in_and_brings_the_work_back() {
     require_root!();
-    let host = Host::start();
+    in_and_back(Host::start());
+}
+
+#[test]
+fn run_does_the_same_in_a_machine_that_was_resumed() {
+    require_root!();
+    let mut host = Host::start_with(&[], |config| config.template.max = 1);
+    host.warm(&[]);
+    in_and_back(host);
+}
+
+fn in_and_back(host: Host) {
     let scratch = host.scratch();
     let dir = repo::sample(&scratch);
     let before = repo::git(&dir, &["status", "--porcelain=v2"]);

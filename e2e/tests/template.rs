@@ -18,9 +18,7 @@ const SHAPE: [&str; 4] = ["--cpus", "1", "--memory", "256M"];
 /// A host that makes templates, with one of the default image.
 fn warm_host() -> Host {
     let mut host = Host::start_with(&[], |config| config.template.max = 2);
-    warm(&host, &[]);
-    // It stays, by design.
-    host.take_for_granted();
+    host.warm(&SHAPE);
     host
 }
 
