@@ -1,5 +1,6 @@
 //! What a guest makes of being a template's: two machines are resumed from one, with raw QEMU and the agent's own protocol.
 //! They are told apart in everything that makes a machine one, and are the same in everything else.
+#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests stop the test, with the line")]
 
 use bothy_e2e::{
     by_hand::{Machine, Recipe, Saved},
