@@ -35,6 +35,8 @@ where
         .arg("--no-pager")
         .args(["-c", "core.hooksPath=/dev/null"])
         .args(["-c", "core.fsmonitor=false"])
+        // `git diff` writes the index anew where a file was only touched, whatever was said of locks.
+        .args(["-c", "diff.autoRefreshIndex=false"])
         .args(["-c", "gc.auto=0"])
         .args(["-c", "maintenance.auto=false"])
         .args(["-c", "submodule.recurse=false"])

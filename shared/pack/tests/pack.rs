@@ -133,6 +133,9 @@ fn a_pack_holds_history_staged_and_other_changes_and_leaves_the_repository_alone
         git(&dir, &["config", key, value]);
     }
 
+    // Touched, with the same content: git would like to note that in the index.
+    let same = fs_err::read(dir.join(".gitignore")).unwrap();
+    fs_err::write(dir.join(".gitignore"), same).unwrap();
     let before = everything(&dir);
     let repo = Repository::open(&dir.join("sub")).unwrap();
     let mut pack = Vec::new();
