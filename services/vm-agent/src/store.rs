@@ -54,6 +54,9 @@ pub(crate) struct Facts {
     pub(crate) reason: Option<String>,
     /// The operation that is at work on it. Nobody else may begin one.
     pub(crate) busy: Option<OpId>,
+    /// Whether that one puts it to rest, or has it go on: whoever wants to use it waits for the end of it.
+    #[serde(default)]
+    pub(crate) resting: bool,
     pub(crate) last_exit: Option<ExitRecord>,
     pub(crate) started: Option<Timestamp>,
     /// What happens when nobody uses it, where that was said.
@@ -101,6 +104,7 @@ impl Facts {
             state: VmState::Creating,
             reason: None,
             busy: None,
+            resting: false,
             last_exit: None,
             started: None,
             idle: None,

@@ -152,6 +152,7 @@ impl Ask {
             set::check(vm, change)?;
         }
         vm.facts.busy = Some(op);
+        vm.facts.resting = matches!(self, Ask::Pause | Ask::Suspend | Ask::Resume { .. });
         // A change moves nothing, so the reason of the state stays too.
         if to != vm.facts.state {
             store::set_state(vm, to, None);

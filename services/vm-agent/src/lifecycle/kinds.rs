@@ -95,6 +95,7 @@ impl Kinds for VmKinds {
         }
         if vm.facts.busy == Some(op.id) {
             vm.facts.busy = None;
+            vm.facts.resting = false;
         }
         match after {
             After::Gone => store::remove(tx, id),

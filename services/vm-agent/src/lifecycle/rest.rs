@@ -203,14 +203,7 @@ impl Agent {
                     }
                 }
                 // It is about to be at rest, or to leave it.
-                (
-                    VmState::Paused
-                    | VmState::Suspended
-                    | VmState::Starting
-                    | VmState::Stopping
-                    | VmState::Running,
-                    Some(_),
-                ) if Instant::now() < deadline => {}
+                (_, Some(_)) if row.facts.resting && Instant::now() < deadline => {}
                 _ => return Ok(()),
             }
             tokio::time::sleep(LOOK).await;
