@@ -5,7 +5,7 @@ use crate::{
     resolver::{Resolver, ask, ask_tcp, data},
     world::{World, links},
 };
-use bothy_contract::net::Egress;
+use bothy_contract::net::{Egress, NAME_SERVER};
 use bothy_net_agent::link::Links;
 use bothy_testkit::require_root;
 use hickory_proto::{op::ResponseCode, rr::RecordType};
@@ -108,6 +108,9 @@ fn the_host_finds_vms_by_its_own_resolver() {
         assert!(found && text.starts_with(&m.lease.address6.unwrap().to_string()), "{text}");
         let (found, text) = getent(&format!("hosts {}", m.lease.address));
         assert!(found && text.contains("web.vm"), "{text}");
+        // What `bothy doctor` asks for.
+        let (found, text) = getent(&format!("ahostsv4 {NAME_SERVER}"));
+        assert!(found && text.starts_with(&m.lease.gateway.to_string()), "{text}");
         // Its other names are not ours to look up: it would be asked about them in turn.
         assert_eq!(
             code(&ask(&world.ns, m.lease.gateway.into(), "a.test.", RecordType::A)),
