@@ -11,6 +11,7 @@ mod catalogue;
 mod error;
 mod host;
 mod images;
+mod intake;
 mod listener;
 mod logs;
 mod ops;
@@ -33,7 +34,7 @@ use axum::{
     Json, Router,
     extract::DefaultBodyLimit,
     http::HeaderMap,
-    routing::{get, post},
+    routing::{get, post, put},
 };
 use bothy_bus::Client;
 use bothy_contract::{
@@ -98,6 +99,10 @@ impl Gateway {
             .route("/templates", get(templates::list))
             .route("/images/{image}/register", post(catalogue::register))
             .route("/images/{image}/promote", post(catalogue::promote))
+            .route(
+                "/images/{image}/import",
+                put(intake::import).layer(DefaultBodyLimit::disable()),
+            )
             .route("/kernels", get(catalogue::kernels).post(catalogue::import_kernel))
             .route("/kernels/{kernel}", get(catalogue::kernel).delete(catalogue::remove_kernel))
             .route("/catalogue/verify", post(catalogue::verify))

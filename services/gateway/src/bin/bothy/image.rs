@@ -1,7 +1,7 @@
 //! `bothy image`: images and their builds.
 
 use crate::{
-    Context, Status, catalogue, cli,
+    Context, Status, catalogue, cli, intake,
     printer::{duration, facts, size, table, word},
     progress::Watcher,
     template,
@@ -30,6 +30,7 @@ pub(crate) async fn main(context: &Context, command: cli::Image) -> Result<Statu
             printer.record(&value, |_| format!("image {image} is built ({})", duration(outcome.took_us)))?;
         }
         cli::Image::Warm(args) => return template::warm(context, args).await,
+        cli::Image::Intake(command) => return intake::main(context, command).await,
         cli::Image::Keep(command) => return catalogue::main(context, command).await,
         cli::Image::Templates => return template::list(context).await,
         cli::Image::List => {

@@ -12,6 +12,7 @@ mod exec;
 mod host;
 mod http;
 mod image;
+mod intake;
 mod interrupt;
 mod kernel;
 mod op;
@@ -120,6 +121,7 @@ fn moves_bulk(command: &Command) -> bool {
         command,
         Command::Run(_)
             | Command::Workspace(_)
+            | Command::Image(cli::Image::Intake(_))
             | Command::Vm(Exec(_) | Shell { .. } | Proxy { .. } | Logs { .. })
     )
 }

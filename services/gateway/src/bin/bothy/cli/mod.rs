@@ -2,6 +2,7 @@
 
 mod catalogue;
 mod idle;
+mod intake;
 mod network;
 mod values;
 mod vm;
@@ -9,6 +10,7 @@ mod workspace;
 
 pub(crate) use catalogue::{Init, Keep, Kernel, Register};
 pub(crate) use idle::IdlePolicy;
+pub(crate) use intake::{Import, Intake};
 pub(crate) use network::{Network, Policy};
 pub(crate) use vm::{Delete, Exec, Prune, Refs, Several, Vm};
 pub(crate) use workspace::{Export, Form, How, Parts, Prepare, Workspace};
@@ -160,6 +162,8 @@ pub(crate) enum Image {
     Warm(Warm),
     /// List the templates
     Templates,
+    #[command(flatten)]
+    Intake(Intake),
     #[command(flatten)]
     Keep(Keep),
 }
