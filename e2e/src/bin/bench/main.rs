@@ -7,6 +7,7 @@
 //! - `end [pairs]`: a stop against a power-off typed inside the same guest, and the delete of a stopped VM.
 //! - `template [pairs]`: a create that is resumed, to its first exec, against a restore by hand and against a boot; eight at
 //!   once; and a suspended machine's first exec.
+//! - `flatten [pairs]`: layers of 500 MiB to an ext4 file system, against `tar -x` of them and `mkfs.ext4 -d`.
 //! - `idle`: the resident memory of the five services and the bus, with nothing to do.
 #![expect(clippy::print_stdout, reason = "a program for people")]
 #![expect(
@@ -20,6 +21,7 @@ mod by_hand;
 mod create;
 mod crowd;
 mod end;
+mod flatten;
 mod idle;
 mod many;
 mod template;
@@ -32,10 +34,11 @@ fn main() {
         Some("crowd") => crowd::run(number(16)),
         Some("many") => many::run(number(50)),
         Some("end") => end::run(number(5)),
+        Some("flatten") => flatten::run(number(3)),
         Some("idle") => idle::run(),
         Some("template") => template::run(number(5)),
         _ => panic!(
-            "usage: bench create [pairs] | crowd [vms] | many [vms] | end [pairs] | idle | template [pairs]"
+            "usage: bench create [pairs] | crowd [vms] | many [vms] | end [pairs] | flatten [pairs] | idle | template [pairs]"
         ),
     }
 }
