@@ -57,7 +57,8 @@ impl Ext4<'_> {
     /// The names in the directory `dir`; none where it is not there. Those that are no plain words are left out: they go into
     /// other requests.
     pub(crate) async fn names(&self, dir: &str) -> Result<Vec<String>, Error> {
-        let list = self.ask(format!("ls -p {dir}")).await?;
+        // With the dot a link is followed, as `/sbin` often is one to `usr/sbin`.
+        let list = self.ask(format!("ls -p {}/.", dir.trim_end_matches('/'))).await?;
         // `/<inode>/<mode>/<uid>/<gid>/<name>/<size>/`
         let names = list.lines().filter_map(|line| line.split('/').nth(5));
         let plain = |name: &&str| {

@@ -78,10 +78,12 @@ fn things() -> Things {
     fs_err::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
     let root = dir.path().join("root");
     boot_files(&root, RELEASE, RELEASE);
-    for d in ["sbin", "root/.ssh"] {
+    for d in ["usr/sbin", "root/.ssh"] {
         fs_err::create_dir_all(root.join(d)).unwrap();
     }
-    std::os::unix::fs::symlink("usr/lib", root.join("lib")).unwrap();
+    for link in ["lib", "sbin"] {
+        std::os::unix::fs::symlink(format!("usr/{link}"), root.join(link)).unwrap();
+    }
     fs_err::write(root.join("root/.profile"), "the home's").unwrap();
     fs_err::write(root.join("sbin/init"), "#!/bin/sh\n").unwrap();
     let data: Vec<u8> = (0..24 * MIB).map(|i| (i % 251) as u8).collect();
