@@ -95,7 +95,11 @@ fn all_that_an_inode_has_comes_over() {
     let mut device = tar::Header::new_ustar();
     device.as_mut_bytes()[..4].copy_from_slice(b"null");
     device.set_entry_type(tar::EntryType::Char);
-    (device.set_mode(0o666), device.set_uid(0), device.set_gid(0), device.set_mtime(0), device.set_size(0));
+    device.set_mode(0o666);
+    device.set_uid(0);
+    device.set_gid(0);
+    device.set_mtime(0);
+    device.set_size(0);
     device.set_device_major(1).unwrap();
     device.set_device_minor(300).unwrap();
     device.set_cksum();
