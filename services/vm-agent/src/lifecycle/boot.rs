@@ -283,7 +283,11 @@ pub(super) async fn wait_services(
     Up { handle, resumed }: Up,
 ) -> Result<Vec<BootStep>, Error> {
     let guest = guest(&agent, vm, &lease, handle);
-    if !boot.wait.is_empty() {
+    // What was up when its template was saved is up.
+    let up = resumed && !guest.restarts_services().await?;
+    if up {
+        cx.note("up since its template was saved");
+    } else if !boot.wait.is_empty() {
         let longest = boot.wait.iter().map(|w| w.timeout_s).max().unwrap_or(0);
         let limit = Duration::from_secs(longest.into()) + SLACK;
         let wait = guest.wait_services(&boot.wait);

@@ -1,4 +1,6 @@
-//! Talking to a guest's agent: health, identity, services, power-off.
+//! Talking to a guest's agent: health, identity, services, power-off; its clock is in [`clock`].
+
+mod clock;
 
 use super::files::HostKey;
 use bothy_contract::{
@@ -12,7 +14,7 @@ use bothy_guest_proto::{
     CONTROL_PORT, GuestClient,
     v1::{
         File, GrowDisksRequest, HealthReply, HealthRequest, MetricsReply, MetricsRequest, Nic,
-        PersonaliseRequest, Port, PortsRequest, QuiesceRequest, ResumedRequest, ShutdownRequest, SyncRequest,
+        PersonaliseRequest, Port, PortsRequest, QuiesceRequest, ShutdownRequest, SyncRequest,
         TimelineRequest, WaitServiceRequest,
     },
 };
@@ -20,6 +22,7 @@ use bothy_vm_agent::vmm::{
     holder::Holder,
     wire::{self, HolderHandle},
 };
+use clock::unix_time_us;
 use std::{
     net::IpAddr,
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -34,11 +37,6 @@ const BREAK: Duration = Duration::from_millis(300);
 const CALL: Duration = Duration::from_secs(60);
 /// Random bytes for the guest's pool.
 const ENTROPY: usize = 64;
-/// How often a guest's clock is set; how far it may be off, in microseconds, beside what cannot be known; and how long the way
-/// of a question may take that is taken to tell enough.
-const CLOCK_TRIES: usize = 6;
-const CLOCK_OFF_US: u64 = 5000;
-const CLOCK_WAY: Duration = Duration::from_millis(60);
 /// How much of the console's end an error shows.
 const LAST_LINES: usize = 15;
 /// How long one of its lines, or a guest's reason, may be, in letters.
@@ -137,24 +135,35 @@ impl Guest {
 
     /// The agent's first answer, however long it takes; whoever calls sets the deadline.
     pub(crate) async fn first_answer(&self) -> HealthReply {
+        self.first_client().await.1
+    }
+
+    /// The same, with the connection that it came by.
+    async fn first_client(&self) -> (GuestClient, HealthReply) {
         loop {
-            let answer =
-                async { self.client().await?.health(HealthRequest {}).await.map_err(|s| fail("health", &s)) };
+            let answer = async {
+                let mut client = self.client().await?;
+                let reply = client.health(HealthRequest {}).await.map_err(|s| fail("health", &s))?;
+                Ok::<_, Error>((client, reply.into_inner()))
+            };
             match answer.await {
-                Ok(reply) => return reply.into_inner(),
+                Ok(answer) => return answer,
                 Err(e) => tracing::debug!(error = %e, "the guest does not answer yet"),
             }
             sleep(PAUSE).await;
         }
     }
 
-    /// Gives the guest its identity, be it one that boots or one that was resumed. Its boot id.
+    /// Gives the guest its identity once it answers, be it one that boots or one that was resumed. When it answered, and its
+    /// boot id.
     pub(crate) async fn personalise(
         &self,
         identity: &Identity,
         lease: &Lease,
         boot: &BootSet,
-    ) -> Result<String, Error> {
+    ) -> Result<(Instant, String), Error> {
+        let (mut client, _) = self.first_client().await;
+        let answered = Instant::now();
         let file = |path: &str, content, mode| File { path: path.to_owned(), content, mode };
         let request = PersonaliseRequest {
             hostname: identity.hostname.clone(),
@@ -181,48 +190,17 @@ impl Guest {
             work_bytes: if identity.template { 0 } else { identity.work_mib << 20 },
             restart_units: Vec::new(),
         };
-        let mut client = self.client().await?;
         let told = client.personalise(request).await.map_err(|s| fail("personalise", &s))?.into_inner();
-        Ok(plain_id(&told.boot_id))
+        Ok((answered, plain_id(&told.boot_id)))
     }
 
-    /// Tells a guest that goes on after a rest what it has missed. Its boot id, and how far its clock was behind.
-    pub(crate) async fn greet(&self) -> Result<(String, Duration), Error> {
-        self.first_answer().await;
-        let mut client = self.client().await?;
-        let ask = ResumedRequest { unix_time_us: unix_time_us(), entropy: entropy()? };
-        let told = client.resumed(ask).await.map_err(|s| fail("resumed", &s))?.into_inner();
-        let behind = Duration::from_micros(u64::try_from(told.clock_was_off_us).unwrap_or_default());
-        self.adjust_clock().await?;
-        Ok((plain_id(&told.boot_id), behind))
-    }
-
-    /// Looks at the guest's clock, and sets it until it is right: what the host's clock said when a request was made is
-    /// late by as long as that took, which on a loaded host is seconds.
-    pub(crate) async fn set_clock(&self) -> Result<(), Error> {
-        self.alive_within("setting the guest's clock", CALL, self.adjust_clock()).await
-    }
-
-    async fn adjust_clock(&self) -> Result<(), Error> {
-        let mut client = self.client().await?;
-        for _ in 0..CLOCK_TRIES {
-            let (asked, begun) = (unix_time_us(), Instant::now());
-            let told = client.health(HealthRequest {}).await.map_err(|s| fail("health", &s))?.into_inner();
-            let way = begun.elapsed();
-            // The guest looked at its clock somewhere on that way (RFC 5905 has the same for a network).
-            let half = u64::try_from(way.as_micros() / 2).unwrap_or(u64::MAX);
-            let off = told.unix_time_us.abs_diff(asked.saturating_add(half)).saturating_sub(half);
-            if off <= CLOCK_OFF_US {
-                if way < CLOCK_WAY {
-                    break;
-                }
-                continue;
-            }
-            let ask =
-                ResumedRequest { unix_time_us: unix_time_us().saturating_add(half), entropy: entropy()? };
-            client.resumed(ask).await.map_err(|s| fail("resumed", &s))?;
-        }
-        Ok(())
+    /// Whether services of a resumed guest are still to be restarted, by its own word.
+    pub(crate) async fn restarts_services(&self) -> Result<bool, Error> {
+        let work = async {
+            let told = self.client().await?.health(HealthRequest {}).await.map_err(|s| fail("health", &s))?;
+            Ok(told.into_inner().pending.iter().any(|left| left.starts_with("restart")))
+        };
+        self.alive_within("asking for the guest's services", CALL, work).await
     }
 
     /// Has the guest stand still so that it can be saved. What could not be made quiet, by its own word.
@@ -350,12 +328,6 @@ fn port(told: Port) -> Option<GuestPort> {
         port,
         process: (!process.is_empty()).then_some(process),
     })
-}
-
-/// The host's clock, for a guest's.
-fn unix_time_us() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// Random bytes for a guest's pool.
