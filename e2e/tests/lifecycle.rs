@@ -1,4 +1,9 @@
 //! One VM through its life: create, exec, stop, start, delete; and what other tools see of it.
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "what both tests share: a failed step is a failed test"
+)]
 
 use bothy_e2e::host::Host;
 use bothy_testkit::require_root;

@@ -1,5 +1,9 @@
 //! Rest: a machine is paused or suspended, by hand or since nobody uses it, and its next use lets it go on as it was.
-#![expect(clippy::unwrap_used, reason = "a test's helper: a failed step is a failed test")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test's helper: a failed step is a failed test"
+)]
 
 use bothy_contract::Service;
 use bothy_e2e::host::Host;

@@ -1,4 +1,5 @@
 //! The main job: `bothy run` in a git repository, and the patch that comes back.
+#![expect(clippy::unwrap_used, reason = "what both tests share: a failed step is a failed test")]
 
 use bothy_e2e::{host::Host, repo};
 use bothy_testkit::require_root;

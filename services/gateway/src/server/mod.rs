@@ -99,10 +99,7 @@ impl Gateway {
             .route("/templates", get(templates::list))
             .route("/images/{image}/register", post(catalogue::register))
             .route("/images/{image}/promote", post(catalogue::promote))
-            .route(
-                "/images/{image}/import",
-                put(intake::import).layer(DefaultBodyLimit::disable()),
-            )
+            .route("/images/{image}/import", put(intake::import).layer(DefaultBodyLimit::disable()))
             .route("/kernels", get(catalogue::kernels).post(catalogue::import_kernel))
             .route("/kernels/{kernel}", get(catalogue::kernel).delete(catalogue::remove_kernel))
             .route("/catalogue/verify", post(catalogue::verify))

@@ -397,7 +397,9 @@ pub(crate) async fn serve(
             let mut frames = FrameWriter::new(write);
             let _ = frames.data(PATCH).await;
             if !cut {
-                let _ = frames.end(&ExportReport { bytes: PATCH.len() as u64, files: 1, ..ExportReport::default() }).await;
+                let _ = frames
+                    .end(&ExportReport { bytes: PATCH.len() as u64, files: 1, ..ExportReport::default() })
+                    .await;
             }
         }
     }

@@ -50,7 +50,9 @@ async fn leased(gateway: &Client) -> u32 {
     for _ in 0..50 {
         match gateway.call::<NetHostShow>(&GetNetHost {}).await {
             Ok(host) => return host.leased,
-            Err(e) if e.code == Code::Unavailable => tokio::time::sleep(Duration::from_millis(100)).await,
+            Err(e) if matches!(e.code, Code::Unavailable | Code::DeadlineExceeded) => {
+                tokio::time::sleep(Duration::from_millis(100)).await
+            }
             Err(e) => panic!("{e}"),
         }
     }

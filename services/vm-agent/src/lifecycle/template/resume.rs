@@ -122,8 +122,7 @@ async fn resume(
         // The template had a placeholder in its place.
         holder.perform(&driver.resize_disk("work", shape.work_mib << 20)).await?;
         let guest = live.guest(&agent.config, vm);
-        let (answered, boot_id) =
-            guest.personalise(&boot::identity(agent, vm, input)?, lease, boot).await?;
+        let (answered, boot_id) = guest.personalise(&boot::identity(agent, vm, input)?, lease, boot).await?;
         let answered = answered.duration_since(begun);
         agent.note_boot_id(vm, boot_id).await?;
         agent.db.write(move |tx| store::used(tx, template)).await?;

@@ -212,7 +212,9 @@ impl Driver for Firecracker {
         let bytes = plan.memory_mib << 20;
         let (memory, from) = match &plan.from {
             Origin::Boot => (None, None),
-            Origin::Template(from) => (Some(MemoryFile::Map { path: from.memory.clone(), bytes }), Some(from)),
+            Origin::Template(from) => {
+                (Some(MemoryFile::Map { path: from.memory.clone(), bytes }), Some(from))
+            }
             Origin::Saved(from) => (Some(MemoryFile::Own { path: from.memory.clone(), bytes }), Some(from)),
         };
         if from.is_some() {

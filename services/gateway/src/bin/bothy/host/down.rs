@@ -89,7 +89,11 @@ async fn running(gateway: &Gateway) -> Result<Vec<VmRecord>, Error> {
         vm.vmm_pid.is_some()
             || matches!(
                 vm.state,
-                VmState::Running | VmState::Paused | VmState::Creating | VmState::Starting | VmState::Stopping
+                VmState::Running
+                    | VmState::Paused
+                    | VmState::Creating
+                    | VmState::Starting
+                    | VmState::Stopping
             )
     };
     Ok(list.vms.into_iter().filter(alive).collect())
