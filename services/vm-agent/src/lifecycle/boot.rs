@@ -4,8 +4,8 @@
 //!
 //! ```text
 //!  resolve_image -> acquire_network -> prepare_rootfs | prepare_work_disk -> resume -> launch_vmm -> wait_guest -> personalise
-//!          | '----> find_template -------^                                    ^ (in a create)                        ^  |
-//!          '------> host_key -------------------------------------------------'--------------------------------------'  |
+//!          | '----> find_template -------^                               (in a create)                             ^  |
+//!          '------> host_key ----------------------------------------------------------------------------------------'  |
 //!                                                         publish_dns | sync_identity | wait_services  <----------------'
 //! ```
 
@@ -100,7 +100,7 @@ pub(crate) fn add(
             let template = add.find_template(boot);
             let root = add.rootfs((lease, template));
             let work = add.work_disk(lease, false);
-            let up = add.resume((boot, lease, root, work, key));
+            let up = add.resume((boot, lease, root, work));
             add.launch((boot, lease, root, work, up), Memory::Own)
         }
         Mode::Start => {
@@ -283,6 +283,11 @@ pub(super) async fn wait_services(
     Up { handle, resumed }: Up,
 ) -> Result<Vec<BootStep>, Error> {
     let guest = guest(&agent, vm, &lease, handle);
+    if resumed {
+        // By itself it would do so a moment later; whoever uses it may need the room at once.
+        let shape = agent.vm(vm).await?.facts.shape;
+        guest.grow_disks(shape.work_mib, shape.system_mib).await?;
+    }
     // What was up when its template was saved is up.
     let up = resumed && !guest.restarts_services().await?;
     if up {

@@ -115,13 +115,13 @@ impl Stages<'_> {
 
     pub(super) fn resume(
         &mut self,
-        after: impl Inputs<Values = (BootSet, Lease, Root, WorkDisk, ())>,
+        after: impl Inputs<Values = (BootSet, Lease, Root, WorkDisk)>,
     ) -> Output<Option<Up>> {
         let (a, undo, vm, input) = (self.agent.clone(), self.agent.clone(), self.vm, self.input.clone());
         self.g.undoable(
             "resume",
             after,
-            move |cx, (boot, lease, root, work, ())| async move {
+            move |cx, (boot, lease, root, work)| async move {
                 resume::run(&a, &cx, vm, &input, (&boot, &lease, &root, &work)).await
             },
             move |_| unlaunch(undo.clone(), vm),

@@ -29,7 +29,7 @@ use crate::{
     store::{self as vms, Facts, Vm},
 };
 use bothy_contract::{
-    Code, Error, ImageName, RequestId, VmId,
+    Code, Error, ImageName, OpId, RequestId, VmId,
     image::{ForgetTemplate, ImageRef, ListFrozen},
     methods::{ImageResolve, ImageTemplateForget, ImageTemplateList},
     net::Egress,
@@ -149,12 +149,7 @@ async fn in_background(agent: &Agent, ops: &Ops, Want { image, shape }: Want) {
     let ask = MakeTemplate { image, shape, owner: 0, force: false };
     match make(agent, ops, ask, None).await {
         Ok(TemplateMade::There(_)) => {}
-        Ok(TemplateMade::Begun(begun)) => {
-            drop(ops.wait(begun.op).await);
-            if let Err(error) = agent.sweep_templates().await {
-                tracing::warn!(%error, "something of a template may stay for a while");
-            }
-        }
+        Ok(TemplateMade::Begun(begun)) => drop(ops.wait(begun.op).await),
         Err(error) => tracing::info!(%error, "no template is made"),
     }
 }
@@ -224,8 +219,17 @@ pub(crate) async fn make(
     let begun = begun?;
     if !begun.repeated {
         agent.machines.start(agent, ops, vm);
+        tokio::spawn(tidy_after(agent.clone(), ops.clone(), begun.op.id));
     }
     Ok(TemplateMade::Begun(begun.into()))
+}
+
+/// Removes what the end of a make leaves of others: the template whose place it took, those that are too many by now.
+async fn tidy_after(agent: Agent, ops: Ops, op: OpId) {
+    drop(ops.wait(op).await);
+    if let Err(error) = agent.sweep_templates().await {
+        tracing::warn!(%error, "something of a template may stay for a while");
+    }
 }
 
 /// The template of `key` that is there, or the operation that makes it.

@@ -6,6 +6,7 @@ use crate::{
     lifecycle::{
         Agent,
         boot::{self, BootInput, Root, Up},
+        guest::Identity,
         launch::{Machine, note_launch, vmm_name},
     },
     phase::Vmm,
@@ -18,11 +19,13 @@ use bothy_contract::{
 use bothy_ops::StageCx;
 use bothy_vm_agent::vmm::{Memory, Origin, Snapshot};
 use std::time::Duration;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 /// How long a guest may take from the start of its VMM to its own identity; a loaded host takes many times what a calm one
 /// does, and a boot is slower still.
 const RESUME: Duration = Duration::from_secs(30);
+/// How often the host key is looked for.
+const LOOK: Duration = Duration::from_millis(2);
 
 /// The template that a create can be resumed from. To look for one never fails a create.
 pub(in crate::lifecycle) async fn find(
@@ -122,7 +125,7 @@ async fn resume(
         // The template had a placeholder in its place.
         holder.perform(&driver.resize_disk("work", shape.work_mib << 20)).await?;
         let guest = live.guest(&agent.config, vm);
-        let (answered, boot_id) = guest.personalise(&boot::identity(agent, vm, input)?, lease, boot).await?;
+        let (answered, boot_id) = guest.personalise(&identity(agent, vm, input).await, lease, boot).await?;
         let answered = answered.duration_since(begun);
         agent.note_boot_id(vm, boot_id).await?;
         agent.db.write(move |tx| store::used(tx, template)).await?;
@@ -138,6 +141,17 @@ async fn resume(
             bothy_contract::Code::DeadlineExceeded,
             format!("the guest did not answer within {} s", RESUME.as_secs()),
         )),
+    }
+}
+
+/// Who the guest is to be. Its host key is made beside this stage, by one that takes about as long as the VMM; if that fails,
+/// so does the create, and nothing waits here any more.
+async fn identity(agent: &Agent, vm: VmId, input: &BootInput) -> Identity {
+    loop {
+        if let Ok(identity) = boot::identity(agent, vm, input) {
+            return identity;
+        }
+        sleep(LOOK).await;
     }
 }
 
