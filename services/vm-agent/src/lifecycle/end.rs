@@ -102,11 +102,13 @@ async fn wait_exit(agent: Agent, cx: StageCx, vm: VmId, left: Option<Duration>) 
     dead(&agent, vm).await
 }
 
-/// Its end may not be in the row yet.
+/// Its end may not be in the row yet, and its control group may be there still.
 async fn note_end(agent: &Agent, vm: VmId) -> Result<(), Error> {
     if let Some(live) = agent.vm(vm).await?.phase.live() {
         agent.await_end(vm, live.vmm.handle, QUIT).await?;
     }
+    // Its machine leaves that to the operation that is at work.
+    agent.try_remove_cgroup(vm).await;
     Ok(())
 }
 
