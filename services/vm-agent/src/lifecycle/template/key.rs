@@ -16,7 +16,8 @@ struct Parts<'a> {
     /// Name and kernel come with it.
     image: &'a BootSet,
     vmm: String,
-    tsc_khz: Option<u32>,
+    /// The host's time-stamp counter in units of 10 MHz: each agent measures it anew, and never quite the same.
+    tsc: Option<u32>,
     cpus: u32,
     memory_mib: u64,
     system_mib: u64,
@@ -28,7 +29,8 @@ pub(crate) fn key(boot: &BootSet, choice: &Choice, tsc_khz: Option<u32>, shape: 
     let Shape { cpus, memory_mib, system_mib, work_mib: _ } = *shape;
     let accel = choice.finding.as_ref().map_or(Accel::Tcg, |finding| finding.accel);
     let vmm = choice.driver.version_key(accel);
-    let parts = Parts { layout: LAYOUT, image: boot, vmm, tsc_khz, cpus, memory_mib, system_mib };
+    let tsc = tsc_khz.map(|khz| khz.saturating_add(5000) / 10_000);
+    let parts = Parts { layout: LAYOUT, image: boot, vmm, tsc, cpus, memory_mib, system_mib };
     let text = serde_json::to_vec(&parts).unwrap_or_default();
     hex::encode(Sha256::digest(text))
 }
@@ -58,12 +60,15 @@ mod tests {
         };
         let (qemu, shape) = (choice("7.2.0"), Shape::default());
         let first = key(&boot, &qemu, None, &shape);
+        let measured = |khz| key(&boot, &qemu, Some(khz), &shape);
+        assert_eq!(measured(2_400_000), measured(2_400_031), "as another agent measures it");
         assert_eq!(key(&boot, &qemu, None, &Shape { work_mib: 99, ..shape.clone() }), first);
         for other in [
             key(&BootSet { digest: "e".into(), ..boot.clone() }, &qemu, None, &shape),
             key(&BootSet { initrd: "/j".into(), ..boot.clone() }, &qemu, None, &shape),
             key(&boot, &choice("7.2.1"), None, &shape),
-            key(&boot, &qemu, Some(1), &shape),
+            key(&boot, &qemu, Some(2_400_000), &shape),
+            key(&boot, &qemu, Some(3_400_000), &shape),
             key(&boot, &qemu, None, &Shape { cpus: 1, ..shape.clone() }),
             key(&boot, &qemu, None, &Shape { memory_mib: 512, ..shape.clone() }),
             key(&boot, &qemu, None, &Shape { system_mib: 512, ..shape.clone() }),
