@@ -7,6 +7,7 @@ use crate::{
     initramfs::Initramfs,
     oci::Intake,
     recipe::Recipe,
+    seeds::Grown,
     store::{Garbage, Store},
 };
 use bothy_config::Config;
@@ -34,6 +35,8 @@ pub(crate) struct Agent {
     pub(crate) using: Arc<RwLock<()>>,
     /// The images whose work-seed is being made anew.
     pub(crate) healing: Arc<Mutex<BTreeSet<ImageName>>>,
+    /// The work-seeds as large as disks.
+    pub(crate) grown: Grown,
     /// The archives on their way in.
     pub(crate) intake: Arc<Intake>,
     initramfs: Arc<Initramfs>,
@@ -77,6 +80,7 @@ impl Agent {
             disks: Disks::new(disks, templates, config.vm.uid_base..config.vm.uid_base.saturating_add(slots)),
             using: Arc::default(),
             healing: Arc::default(),
+            grown: Grown::new(store.join("grown")),
             intake: Arc::new(Intake::new(config.ticket_socket(Service::Image), home.join("incoming"))),
             initramfs: Arc::new(Initramfs::new(initramfs, config.image.guest_binary.clone())),
             recipes: config.image.recipe_dir.clone(),

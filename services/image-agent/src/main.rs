@@ -83,6 +83,7 @@ async fn serve(config: &Config, agent: Agent, stop: CancellationToken) -> Result
     // Before anything can be begun: what is half made now belongs to nobody.
     build::sweep(&agent.store)?;
     agent.disks.sweep()?;
+    agent.grown.sweep()?;
     agent.intake.sweep()?;
     let db = Db::open(config.service_dir(Service::Image).join("image.db"), &kinds::MIGRATIONS)?;
     let client = Client::connect(config, Service::Image).await?;

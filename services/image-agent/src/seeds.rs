@@ -4,6 +4,10 @@
 //! VM's disk is made from the image itself, which takes longer and says so. Meanwhile the seed is made anew beside and
 //! renamed into place, once for all creates that find it so. A create has the old file open, or the new one, both whole.
 
+mod grown;
+
+pub(crate) use grown::Grown;
+
 use crate::{
     agent::Agent,
     build::{self, Stage, pack},
@@ -30,7 +34,8 @@ pub(crate) fn work(agent: &Agent, ask: &PrepareWorkDisk) -> Result<WorkDisk, Err
         let (artifact, path) = image.artifact("work-seed")?;
         let size = artifact.size;
         let Err(why) = agent.store.check_seed(&image) else {
-            return Ok(Seed { path, size, how: None });
+            let seed = Seed { path, size, how: None };
+            return Ok(agent.grown.of(seed, &artifact.sha256, ask.work_mib));
         };
         tracing::warn!(image = %ask.image, why, "the work-seed is made anew");
         heal(agent, &image);

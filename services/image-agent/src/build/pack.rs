@@ -66,6 +66,12 @@ pub(crate) async fn work_seed(with: &Stage, image: &Path, home: &Path) -> Result
     seed(with, image, "work", Some(home)).await
 }
 
+/// Grows the file system in `image`, one of those above, to the size of the file.
+pub(crate) async fn grow(with: &Stage, image: &Path) -> Result<(), Error> {
+    let tool = Tool::new("resize2fs", "e2fsprogs", DEADLINE).arg(image);
+    tool.run(&with.cancel, |_| ()).await.map(drop)
+}
+
 async fn seed(with: &Stage, image: &Path, label: &str, home: Option<&Path>) -> Result<(), Error> {
     // A new sparse file is all zeros, so neither mkfs nor the guest's kernel has to write any.
     let mut tool = mkfs(with, image, label, SEED_BYTES / BLOCK)
