@@ -2,6 +2,7 @@
 //! the host runs no fsck and no resize2fs, and never mounts what a guest wrote.
 
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -106,12 +107,42 @@ pub(crate) fn grow(disk: &Path, directory: &File) -> io::Result<u64> {
     let block = u64::try_from(stat.block_size()).unwrap_or_default();
     let blocks = blocks_of(sectors(disk)?, block)
         .ok_or_else(|| io::Error::other(format!("{}: a block size of {block}", disk.display())))?;
-    // The kernel logs and does nothing where the size is the same; statfs says less than the full size (its own
-    // structures are left out), so the call is what decides.
+    // The kernel takes its time to find that there is nothing to do.
+    if ext4_blocks(disk)? == Some(blocks) {
+        return Ok(blocks.saturating_mul(block));
+    }
     sys::ext4_resize(directory.file(), blocks).map_err(|error| {
         io::Error::new(error.kind(), format!("grow {} to {blocks} blocks: {error}", disk.display()))
     })?;
     Ok(blocks.saturating_mul(block))
+}
+
+/// Whether the work disk, mounted on `home`, has room that its file system does not use yet.
+pub(crate) fn is_to_grow(home: &Path) -> io::Result<bool> {
+    let Some(disk) = by_serial("work")? else { return Ok(false) };
+    let block = u64::try_from(fstatfs(File::open(home)?.file())?.block_size()).unwrap_or_default();
+    Ok(ext4_blocks(&disk)? != blocks_of(sectors(&disk)?, block))
+}
+
+/// How many blocks the ext4 on `disk` has, by its superblock: statfs(2) says less, for it leaves the file system's own out. `None`
+/// where there is no ext4. (The kernel's documentation of ext4, "Super Block".)
+fn ext4_blocks(disk: &Path) -> io::Result<Option<u64>> {
+    let mut superblock = [0; 0x400];
+    File::open(disk)?.file().read_exact_at(&mut superblock, 0x400)?;
+    Ok(blocks_in(&superblock))
+}
+
+fn blocks_in(superblock: &[u8; 0x400]) -> Option<u64> {
+    const IS_64BIT: u32 = 0x80;
+    let word = |at: usize| {
+        let bytes = superblock.get(at..)?.first_chunk()?;
+        Some(u32::from_le_bytes(*bytes))
+    };
+    if word(0x38)? & 0xffff != 0xef53 {
+        return None;
+    }
+    let high = if word(0x60)? & IS_64BIT == 0 { 0 } else { word(0x150)? };
+    Some(u64::from(high) << 32 | u64::from(word(0x4)?))
 }
 
 /// How many file-system blocks of `block` bytes a disk of `sectors` 512-byte sectors holds.
@@ -136,6 +167,18 @@ mod tests {
         assert_eq!(blocks_of(2_097_152, 4096), Some(262_144));
         assert_eq!(blocks_of(20_480, 1024), Some(10_240));
         assert_eq!(blocks_of(20_480, 0), None);
+    }
+
+    #[test]
+    fn the_size_of_a_file_system_is_in_its_superblock() {
+        let mut superblock = [0; 0x400];
+        assert_eq!(blocks_in(&superblock), None, "no ext4");
+        superblock[0x38..0x3a].copy_from_slice(&0xef53_u16.to_le_bytes());
+        superblock[0x4..0x8].copy_from_slice(&2_621_440_u32.to_le_bytes());
+        superblock[0x150] = 1;
+        assert_eq!(blocks_in(&superblock), Some(2_621_440), "the upper half is only there with `64bit`");
+        superblock[0x60] = 0x80;
+        assert_eq!(blocks_in(&superblock), Some(2_621_440 + (1 << 32)));
     }
 
     #[test]

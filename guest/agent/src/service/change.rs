@@ -76,7 +76,11 @@ impl Guest {
             if self.0.init.started() {
                 self.leave_for_later(was, &request).await;
             } else {
-                self.grow_home(&request.home).await.map_err(|error| failed("personalise", &error))?;
+                let grown = async {
+                    self.keep_home(&request.home).await?;
+                    self.grow_home(&request.home).await
+                };
+                grown.await.map_err(|error| failed("personalise", &error))?;
             }
             let mut told = self.0.steps.lock().unwrap_or_else(PoisonError::into_inner);
             if resumed {
@@ -182,11 +186,17 @@ impl Guest {
             return Ok(());
         }
         let home = home.to_owned();
-        let grown = tokio::task::spawn_blocking(move || {
-            workdisk::barriers(Path::new(&home))?;
-            workdisk::grow_work(Path::new(&home), 0)
-        });
+        let grown = tokio::task::spawn_blocking(move || workdisk::grow_work(Path::new(&home), 0));
         grown.await.map_err(io::Error::other)?.map(drop)
+    }
+
+    async fn keep_home(&self, home: &str) -> io::Result<()> {
+        if home.is_empty() {
+            return Ok(());
+        }
+        let home = home.to_owned();
+        let kept = tokio::task::spawn_blocking(move || workdisk::barriers(Path::new(&home)));
+        kept.await.map_err(io::Error::other)?
     }
 
     /// Begins what need not be done before the reply.
@@ -213,7 +223,11 @@ impl Guest {
             tasks.push(Task::Services);
         }
         if !now.home.is_empty() {
-            tasks.push(Task::Grow);
+            // One that cannot be looked at says why when it is to be grown.
+            if workdisk::is_to_grow(Path::new(&now.home)).unwrap_or(true) {
+                tasks.push(Task::Grow);
+            }
+            tasks.push(Task::Barriers);
         }
         if !held.timers.is_empty() {
             tasks.push(Task::Timers);
@@ -241,7 +255,7 @@ impl Guest {
     async fn wait_for_turn(&self, task: Task) {
         match task {
             Task::Processes => tokio::time::sleep(REPLY).await,
-            Task::Rank | Task::Services | Task::Grow => {
+            Task::Rank | Task::Services | Task::Grow | Task::Barriers => {
                 let hurry = self.0.pending.hurried();
                 let _ = tokio::time::timeout(LEISURE, hurry).await;
             }
@@ -266,6 +280,7 @@ impl Guest {
                 let _one = self.0.identity.lock().await;
                 self.grow_home(&later.home).await
             }
+            Task::Barriers => self.keep_home(&later.home).await,
             Task::Timers => units::start_timers(root, &later.timers).await,
             Task::Journal => match &later.ids {
                 Some([old, new]) => units::move_journal(root, old, new).await,

@@ -27,6 +27,8 @@ pub(super) enum Task {
     Rank,
     /// The work disk's file system gets its disk's size.
     Grow,
+    /// What is synced in the home is on the host's disk.
+    Barriers,
     /// Services that must know the new identity are restarted.
     Services,
     /// Timers that stood still are started.
@@ -41,6 +43,7 @@ impl Task {
             Self::Processes => "processes",
             Self::Rank => "rank",
             Self::Grow => "grow",
+            Self::Barriers => "barriers",
             Self::Services => "services",
             Self::Timers => "timers",
             Self::Journal => "journal",

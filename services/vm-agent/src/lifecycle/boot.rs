@@ -11,7 +11,7 @@
 
 use super::{
     Agent, files,
-    guest::{Guest, Identity as GuestIdentity, plain_id},
+    guest::{Guest, Identity as GuestIdentity, Left, plain_id},
     launch::{Machine, note_launch, vmm_name},
     stages::Stages,
 };
@@ -75,8 +75,8 @@ pub(super) struct Root {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Up {
     pub(super) handle: HolderHandle,
-    /// Whether its guest was resumed, and has its identity: else it boots.
-    pub(super) resumed: bool,
+    /// Where its guest was resumed, and has its identity, what is left to be done in it: else it boots.
+    pub(super) resumed: Option<Left>,
 }
 
 /// Adds the stages of a create or start to `g`; those of a restart begin once `stopped`.
@@ -228,7 +228,7 @@ pub(super) async fn launch(agent: &Agent, cx: &StageCx, machine: Machine<'_>) ->
         // By an earlier run of this stage, which the agent did not survive.
         None => process,
     });
-    Ok(Up { handle, resumed: false })
+    Ok(Up { handle, resumed: None })
 }
 
 pub(super) async fn unlaunch(agent: Agent, vm: VmId) -> Result<(), Error> {
@@ -283,14 +283,13 @@ pub(super) async fn wait_services(
     Up { handle, resumed }: Up,
 ) -> Result<Vec<BootStep>, Error> {
     let guest = guest(&agent, vm, &lease, handle);
-    if resumed {
+    if resumed.is_some_and(|left| left.grow) {
         // By itself it would do so a moment later; whoever uses it may need the room at once.
         let shape = agent.vm(vm).await?.facts.shape;
         guest.grow_disks(shape.work_mib, shape.system_mib).await?;
     }
     // What was up when its template was saved is up.
-    let up = resumed && !guest.restarts_services().await?;
-    if up {
+    if resumed.is_some_and(|left| !left.services) {
         cx.note("up since its template was saved");
     } else if !boot.wait.is_empty() {
         let longest = boot.wait.iter().map(|w| w.timeout_s).max().unwrap_or(0);
@@ -300,13 +299,13 @@ pub(super) async fn wait_services(
             cx.unless_stopped(guest.alive_within("waiting for the guest's services", limit, wait)).await?,
         );
     }
+    if resumed.is_some() {
+        // Its boot was its template's.
+        return Ok(Vec::new());
+    }
     // It was told the time with its identity, which may have taken long to be heard.
     if let Err(error) = guest.set_clock().await {
         tracing::warn!(bothy.vm.id = %vm, %error, "the guest's clock may be wrong");
-    }
-    if resumed {
-        // Its boot was its template's.
-        return Ok(Vec::new());
     }
     match guest.timeline().await {
         Ok((kernel, steps)) => {

@@ -1,28 +1,27 @@
-//! Talking to a guest's agent: health, identity, services, power-off; its clock is in [`clock`].
+//! Talking to a guest's agent: health, services, power-off; its clock is in [`clock`], who it is in [`personalise`].
 
 mod clock;
+mod personalise;
 
-use super::files::HostKey;
+pub(crate) use personalise::{Identity, Left};
+
 use bothy_contract::{
     Code, Error,
     guest::BootStep,
-    image::{BootSet, InitStyle, WaitService},
-    net::Lease,
+    image::WaitService,
     usage::{GuestPort, GuestStats},
 };
 use bothy_guest_proto::{
     CONTROL_PORT, GuestClient,
     v1::{
-        File, GrowDisksRequest, HealthReply, HealthRequest, MetricsReply, MetricsRequest, Nic,
-        PersonaliseRequest, Port, PortsRequest, QuiesceRequest, ShutdownRequest, SyncRequest,
-        TimelineRequest, WaitServiceRequest,
+        GrowDisksRequest, HealthReply, HealthRequest, MetricsReply, MetricsRequest, Port, PortsRequest,
+        QuiesceRequest, ShutdownRequest, SyncRequest, TimelineRequest, WaitServiceRequest,
     },
 };
 use bothy_vm_agent::vmm::{
     holder::Holder,
     wire::{self, HolderHandle},
 };
-use clock::unix_time_us;
 use std::{
     net::IpAddr,
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -35,8 +34,6 @@ const PAUSE: Duration = Duration::from_millis(50);
 const BREAK: Duration = Duration::from_millis(300);
 /// How long a short call may take: an emulated guest under load is slow.
 const CALL: Duration = Duration::from_secs(60);
-/// Random bytes for the guest's pool.
-const ENTROPY: usize = 64;
 /// How much of the console's end an error shows.
 const LAST_LINES: usize = 15;
 /// How long one of its lines, or a guest's reason, may be, in letters.
@@ -54,21 +51,6 @@ const MAX_PORTS: usize = 256;
 const MAX_PROCESS: usize = 32;
 /// The largest number a guest may tell of itself: what a reader of JSON still gets exactly.
 const MAX_NUMBER: u64 = 1 << 53;
-
-/// Who a guest is to be.
-#[derive(Debug)]
-pub(crate) struct Identity {
-    /// Its host name.
-    pub(crate) hostname: String,
-    /// 32 hex digits.
-    pub(crate) machine_id: String,
-    /// Its ssh host key.
-    pub(crate) key: HostKey,
-    /// The size of its work disk.
-    pub(crate) work_mib: u64,
-    /// Whether it is nobody yet: then it has no home, and looks at no work disk.
-    pub(crate) template: bool,
-}
 
 /// A guest of a living VMM.
 #[derive(Debug, Clone)]
@@ -152,55 +134,6 @@ impl Guest {
             }
             sleep(PAUSE).await;
         }
-    }
-
-    /// Gives the guest its identity once it answers, be it one that boots or one that was resumed. When it answered, and its
-    /// boot id.
-    pub(crate) async fn personalise(
-        &self,
-        identity: &Identity,
-        lease: &Lease,
-        boot: &BootSet,
-    ) -> Result<(Instant, String), Error> {
-        let (mut client, _) = self.first_client().await;
-        let answered = Instant::now();
-        let file = |path: &str, content, mode| File { path: path.to_owned(), content, mode };
-        let request = PersonaliseRequest {
-            hostname: identity.hostname.clone(),
-            machine_id: identity.machine_id.clone(),
-            nic: Some(Nic {
-                mac: lease.mac.clone(),
-                address: lease.address.to_string(),
-                prefix: lease.prefix.into(),
-                gateway: lease.gateway.to_string(),
-                dns: lease.dns.iter().map(ToString::to_string).collect(),
-                address6: lease.address6.map(|a| a.to_string()).unwrap_or_default(),
-                prefix6: lease.prefix6.unwrap_or_default().into(),
-                gateway6: lease.gateway6.map(|a| a.to_string()).unwrap_or_default(),
-            }),
-            unix_time_us: unix_time_us(),
-            entropy: entropy()?,
-            files: vec![
-                file("/etc/ssh/ssh_host_ed25519_key", identity.key.private.clone(), 0o600),
-                file("/etc/ssh/ssh_host_ed25519_key.pub", identity.key.public.clone(), 0o644),
-            ],
-            home: if identity.template { String::new() } else { boot.home.clone() },
-            init_systemd: boot.init == InitStyle::Systemd,
-            template: identity.template,
-            work_bytes: if identity.template { 0 } else { identity.work_mib << 20 },
-            restart_units: Vec::new(),
-        };
-        let told = client.personalise(request).await.map_err(|s| fail("personalise", &s))?.into_inner();
-        Ok((answered, plain_id(&told.boot_id)))
-    }
-
-    /// Whether services of a resumed guest are still to be restarted, by its own word.
-    pub(crate) async fn restarts_services(&self) -> Result<bool, Error> {
-        let work = async {
-            let told = self.client().await?.health(HealthRequest {}).await.map_err(|s| fail("health", &s))?;
-            Ok(told.into_inner().pending.iter().any(|left| left.starts_with("restart")))
-        };
-        self.alive_within("asking for the guest's services", CALL, work).await
     }
 
     /// Has the guest stand still so that it can be saved. What could not be made quiet, by its own word.
@@ -328,13 +261,6 @@ fn port(told: Port) -> Option<GuestPort> {
         port,
         process: (!process.is_empty()).then_some(process),
     })
-}
-
-/// Random bytes for a guest's pool.
-fn entropy() -> Result<Vec<u8>, Error> {
-    let mut entropy = vec![0; ENTROPY];
-    getrandom::fill(&mut entropy).map_err(|e| Error::internal("no random bytes", &e))?;
-    Ok(entropy)
 }
 
 /// The boot id that a guest tells: whatever it is, it is short and plain.

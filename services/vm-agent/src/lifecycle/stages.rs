@@ -154,7 +154,7 @@ impl Stages<'_> {
     pub(super) fn wait_guest(&mut self, lease: Output<Lease>, up: Output<Up>) -> Output<()> {
         let (a, vm) = (self.agent.clone(), self.vm);
         self.g.stage("wait_guest", (lease, up), move |cx, (lease, up)| async move {
-            if up.resumed { Ok(()) } else { wait_guest(a, cx, vm, lease, up.handle).await }
+            if up.resumed.is_some() { Ok(()) } else { wait_guest(a, cx, vm, lease, up.handle).await }
         })
     }
 
@@ -164,7 +164,7 @@ impl Stages<'_> {
     ) -> Output<()> {
         let (a, vm, input) = (self.agent.clone(), self.vm, self.input.clone());
         self.g.stage("personalise", after, move |cx, (boot, lease, up, (), ())| async move {
-            if up.resumed {
+            if up.resumed.is_some() {
                 return Ok(());
             }
             let guest = guest(&a, vm, &lease, up.handle);

@@ -1,7 +1,7 @@
 //! The guest's clock. What the host's clock said when a request was made is late by as long as the request took to be heard,
 //! which on a loaded host is seconds: so it is looked at afterwards, as a network's clocks are (RFC 5905).
 
-use super::{CALL, Guest, entropy, fail, plain_id};
+use super::{CALL, Guest, fail, personalise::entropy, plain_id};
 use bothy_contract::Error;
 use bothy_guest_proto::{
     GuestClient,
@@ -35,7 +35,8 @@ impl Guest {
     }
 }
 
-async fn adjust(client: &mut GuestClient) -> Result<(), Error> {
+/// Looks at the guest's clock, and sets it until it is right.
+pub(super) async fn adjust(client: &mut GuestClient) -> Result<(), Error> {
     for _ in 0..TRIES {
         let (asked, begun) = (unix_time_us(), Instant::now());
         let told = client.health(HealthRequest {}).await.map_err(|s| fail("health", &s))?.into_inner();

@@ -1,0 +1,133 @@
+//! Who a guest is: told to one that boots once it answers, and to one that was resumed with the first words that it hears.
+
+use super::{
+    Guest, PAUSE,
+    clock::{adjust, unix_time_us},
+    fail, plain_id,
+};
+use crate::lifecycle::files::HostKey;
+use bothy_contract::{
+    Code, Error,
+    image::{BootSet, InitStyle},
+    net::Lease,
+};
+use bothy_guest_proto::{
+    GuestClient,
+    v1::{File, Nic, PersonaliseReply, PersonaliseRequest},
+};
+use serde::{Deserialize, Serialize};
+use tokio::time::sleep;
+
+/// Random bytes for the guest's pool.
+const ENTROPY: usize = 64;
+
+/// Who a guest is to be.
+#[derive(Debug)]
+pub(crate) struct Identity {
+    /// Its host name.
+    pub(crate) hostname: String,
+    /// 32 hex digits.
+    pub(crate) machine_id: String,
+    /// Its ssh host key.
+    pub(crate) key: HostKey,
+    /// The size of its work disk.
+    pub(crate) work_mib: u64,
+    /// Whether it is nobody yet: then it has no home, and looks at no work disk.
+    pub(crate) template: bool,
+}
+
+/// What a guest has still to do that has its identity, where somebody may want to wait for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Left {
+    /// Its work disk is larger than the file system on it.
+    pub(crate) grow: bool,
+    /// Services are restarted that must know who they are.
+    pub(crate) services: bool,
+}
+
+impl Guest {
+    /// Gives a guest that boots its identity once it answers.
+    pub(crate) async fn personalise(
+        &self,
+        identity: &Identity,
+        lease: &Lease,
+        boot: &BootSet,
+    ) -> Result<(), Error> {
+        let (mut client, _) = self.first_client().await;
+        tell(&mut client, identity, lease, boot).await.map(drop)
+    }
+
+    /// Gives a guest that was resumed its identity and the time. Its boot id, and what it still does. An emulated one runs
+    /// every word for the first time, so few are made.
+    pub(crate) async fn personalise_resumed(
+        &self,
+        identity: &Identity,
+        lease: &Lease,
+        boot: &BootSet,
+    ) -> Result<(String, Left), Error> {
+        loop {
+            let told = async {
+                let mut client = self.client().await?;
+                let told = tell(&mut client, identity, lease, boot).await?;
+                // It was told the time with its identity, which took its time to be heard.
+                adjust(&mut client).await?;
+                Ok::<_, Error>(told)
+            };
+            match told.await {
+                Ok(told) => {
+                    let left = |name: &str| told.pending.iter().any(|left| left == name);
+                    let left = Left { grow: left("grow"), services: left("services") };
+                    return Ok((plain_id(&told.boot_id), left));
+                }
+                // To tell it again is to tell it once.
+                Err(error) if error.code == Code::Unavailable => {
+                    tracing::debug!(%error, "the guest does not answer yet");
+                }
+                Err(error) => return Err(error),
+            }
+            sleep(PAUSE).await;
+        }
+    }
+}
+
+async fn tell(
+    client: &mut GuestClient,
+    identity: &Identity,
+    lease: &Lease,
+    boot: &BootSet,
+) -> Result<PersonaliseReply, Error> {
+    let file = |path: &str, content, mode| File { path: path.to_owned(), content, mode };
+    let request = PersonaliseRequest {
+        hostname: identity.hostname.clone(),
+        machine_id: identity.machine_id.clone(),
+        nic: Some(Nic {
+            mac: lease.mac.clone(),
+            address: lease.address.to_string(),
+            prefix: lease.prefix.into(),
+            gateway: lease.gateway.to_string(),
+            dns: lease.dns.iter().map(ToString::to_string).collect(),
+            address6: lease.address6.map(|a| a.to_string()).unwrap_or_default(),
+            prefix6: lease.prefix6.unwrap_or_default().into(),
+            gateway6: lease.gateway6.map(|a| a.to_string()).unwrap_or_default(),
+        }),
+        unix_time_us: unix_time_us(),
+        entropy: entropy()?,
+        files: vec![
+            file("/etc/ssh/ssh_host_ed25519_key", identity.key.private.clone(), 0o600),
+            file("/etc/ssh/ssh_host_ed25519_key.pub", identity.key.public.clone(), 0o644),
+        ],
+        home: if identity.template { String::new() } else { boot.home.clone() },
+        init_systemd: boot.init == InitStyle::Systemd,
+        template: identity.template,
+        work_bytes: if identity.template { 0 } else { identity.work_mib << 20 },
+        restart_units: Vec::new(),
+    };
+    Ok(client.personalise(request).await.map_err(|s| fail("personalise", &s))?.into_inner())
+}
+
+/// Random bytes for a guest's pool.
+pub(super) fn entropy() -> Result<Vec<u8>, Error> {
+    let mut entropy = vec![0; ENTROPY];
+    getrandom::fill(&mut entropy).map_err(|e| Error::internal("no random bytes", &e))?;
+    Ok(entropy)
+}
