@@ -6,7 +6,7 @@
 use crate::{guest::Guest, path, script::IDENTITY};
 use bothy_contract::{
     Code, Error,
-    workspace::{Identity, SyncIdentity},
+    workspace::{GuestFile, Identity, SyncIdentity},
 };
 use bothy_guest_proto::v1::File;
 
@@ -27,43 +27,56 @@ const TYPES: [&str; 6] = [
 /// The one that does not fit the line above.
 const SK_ECDSA: &str = "sk-ecdsa-sha2-nistp256@openssh.com";
 
+/// The files of the identity in a home that has none yet.
+///
+/// # Errors
+/// A home, key, name or address that is not valid.
+pub fn files(home: &str, identity: &Identity) -> Result<Vec<GuestFile>, Error> {
+    path::check("home", home)?;
+    check(identity)?;
+    Ok(authorized_keys(home, identity).into_iter().chain(gitconfig(home, identity)).collect())
+}
+
 /// Puts the identity into the guest. What is empty in it stays as it is there.
 ///
 /// # Errors
 /// A home, key, name or address that is not valid: then nothing was written; or the guest's.
 pub async fn sync<G: Guest>(guest: &G, request: &SyncIdentity) -> Result<(), Error> {
-    let home = request.home.as_str();
+    let (home, identity) = (request.home.as_str(), &request.identity);
     path::check("home", home)?;
-    check(&request.identity)?;
-    let Identity { ssh_public_keys, git_name, git_email } = &request.identity;
-    let mut files = Vec::new();
-    if !ssh_public_keys.is_empty() {
-        let content =
-            ssh_public_keys.iter().flat_map(|key| [key.trim(), "\n"]).collect::<String>().into_bytes();
-        files.push(File { path: format!("{home}/.ssh/authorized_keys"), content, mode: 0o600 });
-    }
+    check(identity)?;
+    let (keys, mut config) = (authorized_keys(home, identity), gitconfig(home, identity));
     let mut edit = false;
-    if git_name.is_some() || git_email.is_some() {
-        let path = format!("{home}/.gitconfig");
+    if let Some(file) = &config {
         // A new machine has none: then one call writes all, which matters where each process takes the guest 20 ms.
-        edit = guest.exists(&path).await?;
-        if !edit {
-            let content = gitconfig(git_name.as_deref(), git_email.as_deref()).into_bytes();
-            files.push(File { path, content, mode: 0o644 });
-        }
+        edit = guest.exists(&file.path).await?;
     }
+    if edit {
+        config = None;
+    }
+    let file =
+        |file: GuestFile| File { path: file.path, content: file.content.into_bytes(), mode: file.mode };
+    let files: Vec<File> = keys.into_iter().chain(config).map(file).collect();
     if !files.is_empty() {
         guest.write_files(files).await?;
     }
     if edit {
-        let args = [home, git_name.as_deref().unwrap_or(""), git_email.as_deref().unwrap_or("")];
-        match guest.run(&IDENTITY, &args).await?.check(&IDENTITY, home) {
+        let word = |word: &Option<String>| word.clone().unwrap_or_default();
+        let (name, email) = (word(&identity.git_name), word(&identity.git_email));
+        match guest.run(&IDENTITY, &[home, &name, &email]).await?.check(&IDENTITY, home) {
             // A guest without git needs no identity for it.
             Err(e) if e.code == Code::FailedPrecondition => tracing::info!("no git identity: {e}"),
             other => drop(other?),
         }
     }
     Ok(())
+}
+
+fn authorized_keys(home: &str, identity: &Identity) -> Option<GuestFile> {
+    let keys = &identity.ssh_public_keys;
+    let content = keys.iter().flat_map(|key| [key.trim(), "\n"]).collect::<String>();
+    let path = format!("{home}/.ssh/authorized_keys");
+    (!keys.is_empty()).then_some(GuestFile { path, content, mode: 0o600 })
 }
 
 fn check(identity: &Identity) -> Result<(), Error> {
@@ -133,16 +146,18 @@ fn base64(text: &str) -> Option<Vec<u8>> {
     Some(out)
 }
 
-/// A `.gitconfig` with these two settings (git-config(1), "Syntax").
-fn gitconfig(name: Option<&str>, email: Option<&str>) -> String {
-    let mut text = String::from("[user]\n");
-    for (key, value) in [("name", name), ("email", email)] {
+/// A `.gitconfig` with the identity's settings (git-config(1), "Syntax"), if it has any.
+fn gitconfig(home: &str, identity: &Identity) -> Option<GuestFile> {
+    let mut content = String::from("[user]\n");
+    let settings = [("name", &identity.git_name), ("email", &identity.git_email)];
+    for (key, value) in settings {
         if let Some(value) = value {
             let escaped = value.replace('\\', r"\\").replace('"', "\\\"");
-            text.push_str(&format!("\t{key} = \"{escaped}\"\n"));
+            content.push_str(&format!("\t{key} = \"{escaped}\"\n"));
         }
     }
-    text
+    let path = format!("{home}/.gitconfig");
+    settings.iter().any(|(_, value)| value.is_some()).then_some(GuestFile { path, content, mode: 0o644 })
 }
 
 #[cfg(test)]

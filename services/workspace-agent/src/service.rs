@@ -14,10 +14,13 @@ use crate::{
 use bothy_bus::{Client, Server};
 use bothy_contract::{
     Code, Error, VmId,
-    methods::{VmShow, WorkspaceExportOpen, WorkspaceHostShow, WorkspaceIdentitySync, WorkspaceImportOpen},
+    methods::{
+        VmShow, WorkspaceExportOpen, WorkspaceHostShow, WorkspaceIdentityFiles, WorkspaceIdentitySync,
+        WorkspaceImportOpen,
+    },
     net::Done,
     vm::{VmRef, VmState},
-    workspace::{OpenExport, OpenImport, WorkspaceHost},
+    workspace::{GuestFiles, IdentityFiles, OpenExport, OpenImport, WorkspaceHost},
 };
 use bothy_guest_proto::{BULK_PORT, CONTROL_PORT};
 use bothy_telemetry::record_error;
@@ -93,6 +96,10 @@ pub async fn run(
                 identity::sync(&guest, &request).await?;
                 Ok(Done {})
             }
+        })
+        .serve::<WorkspaceIdentityFiles, _, _>(|_, request| async move {
+            let IdentityFiles { home, identity } = request;
+            Ok(GuestFiles { files: identity::files(&home, &identity)? })
         });
     let stop = shutdown.clone();
     let serve = async {

@@ -25,7 +25,9 @@ use crate::{
         PauseVm, RestartVm, ResumeVm, SetVm, StartVm, StopVm, SuspendVm, TemplateList, TemplateMade, Ticket,
         VmHost, VmList, VmRecord, VmRef,
     },
-    workspace::{GetWorkspaceHost, OpenExport, OpenImport, SyncIdentity, WorkspaceHost},
+    workspace::{
+        GetWorkspaceHost, GuestFiles, IdentityFiles, OpenExport, OpenImport, SyncIdentity, WorkspaceHost,
+    },
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::time::Duration;
@@ -273,6 +275,8 @@ methods! {
 
     /// Puts the user's identity into a guest.
     WorkspaceIdentitySync = Workspace.identity.sync(SyncIdentity) -> Done, changes, by [Vm], within 30 s;
+    /// The files that hold an identity in a home that has none yet.
+    WorkspaceIdentityFiles = Workspace.identity.files(IdentityFiles) -> GuestFiles, reads, by [Vm], within 5 s;
     /// Opens a stream into a guest for a packed repository.
     WorkspaceImportOpen = Workspace.import.open(OpenImport) -> Ticket, reads, by [Gateway], within 10 s;
     /// Opens a stream of a guest's changes.

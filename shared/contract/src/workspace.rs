@@ -28,6 +28,33 @@ pub struct SyncIdentity {
     pub identity: Identity,
 }
 
+/// Asks for the files of an identity in a home that has none yet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdentityFiles {
+    /// The guest's home.
+    pub home: String,
+    /// Who.
+    pub identity: Identity,
+}
+
+/// Files for a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestFiles {
+    /// In any order.
+    pub files: Vec<GuestFile>,
+}
+
+/// One of them, with nothing secret in it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestFile {
+    /// Where, absolute.
+    pub path: String,
+    /// What.
+    pub content: String,
+    /// Its permission bits.
+    pub mode: u32,
+}
+
 /// Opens a stream that takes a packed repository and puts it into a guest.
 ///
 /// The stream carries `bothy-tickets` frames: the pack (see `docs/workspaces.md`) towards the agent, then one

@@ -11,7 +11,7 @@
 
 use super::{
     Agent, files,
-    guest::{Guest, Identity as GuestIdentity, Left, plain_id},
+    guest::{Guest, Identity as GuestIdentity, Resumed, plain_id},
     launch::{Machine, note_launch, vmm_name},
     stages::Stages,
 };
@@ -35,7 +35,7 @@ use bothy_vm_agent::vmm::{
     wire::{self, HolderHandle},
 };
 use serde::{Deserialize, Serialize};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 /// How long the guest may take to become what it is told to be.
 pub(super) const PERSONALISE: Duration = Duration::from_secs(120);
@@ -72,11 +72,11 @@ pub(super) struct Root {
 }
 
 /// A VMM that a stage has started.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Up {
     pub(super) handle: HolderHandle,
-    /// Where its guest was resumed, and has its identity, what is left to be done in it: else it boots.
-    pub(super) resumed: Option<Left>,
+    /// What its guest told where it was resumed, and has its identity: else it boots.
+    pub(super) resumed: Option<Resumed>,
 }
 
 /// Adds the stages of a create or start to `g`; those of a restart begin once `stopped`.
@@ -112,7 +112,7 @@ pub(crate) fn add(
     let answered = add.wait_guest(lease, up);
     let personal = add.personalise((boot, lease, up, answered, key));
     add.publish_dns(personal);
-    add.sync_identity(boot, personal);
+    add.sync_identity(boot, up, personal);
     let steps = add.wait_services(boot, lease, up, personal);
     g.result(steps);
 }
@@ -123,6 +123,7 @@ pub(super) fn identity(agent: &Agent, vm: VmId, input: &BootInput) -> Result<Gue
         hostname: input.name.to_string(),
         machine_id: input.machine_id.clone(),
         key: files::host_key(&agent.state_dir(), vm)?,
+        files: Vec::new(),
         work_mib: input.spec.shape.work_mib,
         template: false,
     })
@@ -260,7 +261,12 @@ pub(super) async fn sync_identity(
     vm: VmId,
     boot: BootSet,
     identity: Identity,
+    up: Up,
 ) -> Result<(), Error> {
+    if up.resumed.is_some_and(|resumed| resumed.identity) {
+        cx.note("told with its own");
+        return Ok(());
+    }
     if identity == Identity::default() {
         cx.note("no identity to sync");
         return Ok(());
@@ -283,13 +289,14 @@ pub(super) async fn wait_services(
     Up { handle, resumed }: Up,
 ) -> Result<Vec<BootStep>, Error> {
     let guest = guest(&agent, vm, &lease, handle);
-    if resumed.is_some_and(|left| left.grow) {
+    let left = resumed.as_ref().map(|resumed| resumed.left);
+    if left.is_some_and(|left| left.grow) {
         // By itself it would do so a moment later; whoever uses it may need the room at once.
         let shape = agent.vm(vm).await?.facts.shape;
         guest.grow_disks(shape.work_mib, shape.system_mib).await?;
     }
     // What was up when its template was saved is up.
-    if resumed.is_some_and(|left| !left.services) {
+    if left.is_some_and(|left| !left.services) {
         cx.note("up since its template was saved");
     } else if !boot.wait.is_empty() {
         let longest = boot.wait.iter().map(|w| w.timeout_s).max().unwrap_or(0);
@@ -299,9 +306,8 @@ pub(super) async fn wait_services(
             cx.unless_stopped(guest.alive_within("waiting for the guest's services", limit, wait)).await?,
         );
     }
-    if resumed.is_some() {
-        // Its boot was its template's.
-        return Ok(Vec::new());
+    if let Some(resumed) = resumed {
+        return Ok(resumed.steps);
     }
     // It was told the time with its identity, which may have taken long to be heard.
     if let Err(error) = guest.set_clock().await {
@@ -309,18 +315,7 @@ pub(super) async fn wait_services(
     }
     match guest.timeline().await {
         Ok((kernel, steps)) => {
-            let span = tracing::Span::current();
-            for step in &steps {
-                let start = kernel + Duration::from_micros(step.started_us);
-                let end = start + Duration::from_micros(step.took_us);
-                bothy_telemetry::past_span(
-                    &span,
-                    span_name(&step.name),
-                    start,
-                    end,
-                    [("bothy.vm.id", vm.to_string())],
-                );
-            }
+            note_steps(vm, kernel, &steps);
             Ok(steps)
         }
         // A guest that is ready is ready, whether it tells its times or not; one whose VMM is gone is not.
@@ -329,6 +324,17 @@ pub(super) async fn wait_services(
             Ok(Vec::new())
         }
         Err(e) => Err(Error { code: Code::StageFailed, ..e }),
+    }
+}
+
+/// Puts what a guest did since `start` into the trace.
+pub(super) fn note_steps(vm: VmId, start: SystemTime, steps: &[BootStep]) {
+    let span = tracing::Span::current();
+    for step in steps {
+        let start = start + Duration::from_micros(step.started_us);
+        let end = start + Duration::from_micros(step.took_us);
+        let of = [("bothy.vm.id", vm.to_string())];
+        bothy_telemetry::past_span(&span, span_name(&step.name), start, end, of);
     }
 }
 

@@ -3,7 +3,7 @@
 mod clock;
 mod personalise;
 
-pub(crate) use personalise::{Identity, Left};
+pub(crate) use personalise::{Identity, Resumed};
 
 use bothy_contract::{
     Code, Error,

@@ -193,10 +193,10 @@ impl Stages<'_> {
         );
     }
 
-    pub(super) fn sync_identity(&mut self, boot: Output<BootSet>, personal: Output<()>) {
+    pub(super) fn sync_identity(&mut self, boot: Output<BootSet>, up: Output<Up>, personal: Output<()>) {
         let (a, vm, identity) = (self.agent.clone(), self.vm, self.input.spec.identity.clone());
-        self.g.stage("sync_identity", (boot, personal), move |cx, (boot, ())| {
-            sync_identity(a, cx, vm, boot, identity)
+        self.g.stage("sync_identity", (boot, up, personal), move |cx, (boot, up, ())| {
+            sync_identity(a, cx, vm, boot, identity, up)
         });
     }
 

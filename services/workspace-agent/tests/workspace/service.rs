@@ -5,9 +5,15 @@ use crate::support::{git, git_with, packed};
 use bothy_bus::{Client, Server, testing::TestBus};
 use bothy_contract::{
     Code, Error, ImageName, Service, VmId,
-    methods::{VmChannelOpen, VmShow, WorkspaceExportOpen, WorkspaceIdentitySync, WorkspaceImportOpen},
+    methods::{
+        VmChannelOpen, VmShow, WorkspaceExportOpen, WorkspaceIdentityFiles, WorkspaceIdentitySync,
+        WorkspaceImportOpen,
+    },
     vm::{OpenChannel, Shape, Ticket, VmRecord, VmRef, VmState},
-    workspace::{ExportFormat, ExportReport, Identity, ImportReport, OpenExport, OpenImport, SyncIdentity},
+    workspace::{
+        ExportFormat, ExportReport, Identity, IdentityFiles, ImportReport, OpenExport, OpenImport,
+        SyncIdentity,
+    },
 };
 use bothy_guest::{
     Guest, Init,
@@ -185,6 +191,17 @@ async fn a_repository_goes_in_and_a_patch_comes_out() {
         host.vm_agent.call::<WorkspaceIdentitySync>(&request).await.unwrap();
         assert_eq!(git(&home, &["config", "-f", ".gitconfig", "user.name"]), name);
     }
+
+    // What a home that has none yet is given without a word to its guest.
+    let ask = IdentityFiles { home: "/root".into(), identity: identity.clone() };
+    let told = host.vm_agent.call::<WorkspaceIdentityFiles>(&ask).await.unwrap().files;
+    assert_eq!(told.len(), 1, "no keys, so no file for them: {told:?}");
+    assert_eq!((told[0].path.as_str(), told[0].mode), ("/root/.gitconfig", 0o644));
+    assert_eq!(told[0].content, "[user]\n\tname = \"Somebody\"\n");
+    let broken = Identity { git_email: Some("a\nb".into()), ..identity };
+    let ask = IdentityFiles { home: "/root".into(), identity: broken };
+    let refused = host.vm_agent.call::<WorkspaceIdentityFiles>(&ask).await.unwrap_err();
+    assert_eq!(refused.code, Code::InvalidArgument, "{refused}");
 
     let pid = nix::unistd::Pid::from_raw(host.agent.0.id().try_into().unwrap());
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();

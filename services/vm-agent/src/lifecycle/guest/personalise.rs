@@ -1,15 +1,17 @@
 //! Who a guest is: told to one that boots once it answers, and to one that was resumed with the first words that it hears.
 
 use super::{
-    Guest, PAUSE,
+    Guest, MAX_STEPS, PAUSE,
     clock::{adjust, unix_time_us},
-    fail, plain_id,
+    fail, plain_id, step,
 };
 use crate::lifecycle::files::HostKey;
 use bothy_contract::{
     Code, Error,
+    guest::BootStep,
     image::{BootSet, InitStyle},
     net::Lease,
+    workspace::GuestFile,
 };
 use bothy_guest_proto::{
     GuestClient,
@@ -30,13 +32,26 @@ pub(crate) struct Identity {
     pub(crate) machine_id: String,
     /// Its ssh host key.
     pub(crate) key: HostKey,
+    /// Files of its user's, for one that was resumed.
+    pub(crate) files: Vec<GuestFile>,
     /// The size of its work disk.
     pub(crate) work_mib: u64,
     /// Whether it is nobody yet: then it has no home, and looks at no work disk.
     pub(crate) template: bool,
 }
 
-/// What a guest has still to do that has its identity, where somebody may want to wait for it.
+/// What a guest tells that was resumed and has its identity.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Resumed {
+    /// Whether its home has the files of its user's identity.
+    pub(crate) identity: bool,
+    /// How it came to be itself, in place of a boot.
+    pub(crate) steps: Vec<BootStep>,
+    /// What is left to do.
+    pub(crate) left: Left,
+}
+
+/// What a guest has still to do, where somebody may want to wait for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Left {
     /// Its work disk is larger than the file system on it.
@@ -64,7 +79,7 @@ impl Guest {
         identity: &Identity,
         lease: &Lease,
         boot: &BootSet,
-    ) -> Result<(String, Left), Error> {
+    ) -> Result<(String, Resumed), Error> {
         loop {
             let told = async {
                 let mut client = self.client().await?;
@@ -77,7 +92,9 @@ impl Guest {
                 Ok(told) => {
                     let left = |name: &str| told.pending.iter().any(|left| left == name);
                     let left = Left { grow: left("grow"), services: left("services") };
-                    return Ok((plain_id(&told.boot_id), left));
+                    let steps = told.steps.into_iter().take(MAX_STEPS).map(step).collect();
+                    let resumed = Resumed { identity: !identity.files.is_empty(), steps, left };
+                    return Ok((plain_id(&told.boot_id), resumed));
                 }
                 // To tell it again is to tell it once.
                 Err(error) if error.code == Code::Unavailable => {
@@ -97,6 +114,11 @@ async fn tell(
     boot: &BootSet,
 ) -> Result<PersonaliseReply, Error> {
     let file = |path: &str, content, mode| File { path: path.to_owned(), content, mode };
+    let mut files = vec![
+        file("/etc/ssh/ssh_host_ed25519_key", identity.key.private.clone(), 0o600),
+        file("/etc/ssh/ssh_host_ed25519_key.pub", identity.key.public.clone(), 0o644),
+    ];
+    files.extend(identity.files.iter().map(|f| file(&f.path, f.content.clone().into_bytes(), f.mode)));
     let request = PersonaliseRequest {
         hostname: identity.hostname.clone(),
         machine_id: identity.machine_id.clone(),
@@ -112,10 +134,7 @@ async fn tell(
         }),
         unix_time_us: unix_time_us(),
         entropy: entropy()?,
-        files: vec![
-            file("/etc/ssh/ssh_host_ed25519_key", identity.key.private.clone(), 0o600),
-            file("/etc/ssh/ssh_host_ed25519_key.pub", identity.key.public.clone(), 0o644),
-        ],
+        files,
         home: if identity.template { String::new() } else { boot.home.clone() },
         init_systemd: boot.init == InitStyle::Systemd,
         template: identity.template,

@@ -5,7 +5,7 @@ use super::{Want, files, key, store};
 use crate::{
     lifecycle::{
         Agent,
-        boot::{self, BootInput, Root, Up},
+        boot::{self, BootInput, Root, Up, note_steps},
         guest::Identity,
         launch::{Machine, note_launch, vmm_name},
     },
@@ -13,12 +13,15 @@ use crate::{
 };
 use bothy_contract::{
     Error, VmId,
+    guest::BootStep,
     image::{BootSet, WorkDisk},
+    methods::WorkspaceIdentityFiles,
     net::Lease,
+    workspace::{GuestFile, IdentityFiles},
 };
 use bothy_ops::StageCx;
 use bothy_vm_agent::vmm::{Memory, Origin, Snapshot};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use tokio::time::{Instant, sleep, timeout};
 
 /// How long a guest may take from the start of its VMM to its own identity; a loaded host takes many times what a calm one
@@ -109,7 +112,10 @@ async fn resume(
 ) -> Result<Up, Error> {
     let begun = Instant::now();
     let limited = async {
-        let sealed = agent.templates.memory(&agent.state_dir(), template).await?;
+        let dir = agent.state_dir();
+        let memory = agent.templates.memory(&dir, template);
+        let (sealed, files) = tokio::join!(memory, users_files(agent, input, boot));
+        let sealed = sealed?;
         let state = files::snapshot(&agent.state_dir(), template).state;
         let from = Origin::Template(Snapshot { state, memory: sealed.path() });
         let (name, shape, rootfs) = (&input.name, &input.spec.shape, &root.disks);
@@ -125,14 +131,15 @@ async fn resume(
         // The template had a placeholder in its place.
         holder.perform(&driver.resize_disk("work", shape.work_mib << 20)).await?;
         let guest = live.guest(&agent.config, vm);
-        let identity = identity(agent, vm, input).await;
-        let (boot_id, left) = guest.personalise_resumed(&identity, lease, boot).await?;
+        let identity = Identity { files, ..identity(agent, vm, input).await };
+        let (boot_id, resumed) = guest.personalise_resumed(&identity, lease, boot).await?;
+        note_steps(vm, began(&resumed.steps), &resumed.steps);
         agent.note_boot_id(vm, boot_id).await?;
         agent.db.write(move |tx| store::used(tx, template)).await?;
         // Since the stage began.
         let (loaded, itself) = (loaded.as_millis(), begun.elapsed().as_millis());
         cx.note(format!("loaded after {loaded} ms, itself after {itself} ms"));
-        Ok(Up { handle, resumed: Some(left) })
+        Ok(Up { handle, resumed: Some(resumed) })
     };
     match timeout(RESUME, limited).await {
         Ok(done) => done,
@@ -141,6 +148,28 @@ async fn resume(
             format!("the guest did not answer within {} s", RESUME.as_secs()),
         )),
     }
+}
+
+/// The files of the user's identity. Where they are not to be had, `sync_identity` says why.
+async fn users_files(agent: &Agent, input: &BootInput, boot: &BootSet) -> Vec<GuestFile> {
+    let (home, identity) = (boot.home.clone(), input.spec.identity.clone());
+    if identity == Default::default() {
+        return Vec::new();
+    }
+    match agent.bus.call::<WorkspaceIdentityFiles>(&IdentityFiles { home, identity }).await {
+        Ok(told) => told.files,
+        Err(error) => {
+            tracing::warn!(%error, "a guest gets its user's identity later");
+            Vec::new()
+        }
+    }
+}
+
+/// When the clock began that counts these steps, the last of which ends now.
+fn began(steps: &[BootStep]) -> SystemTime {
+    let now = SystemTime::now();
+    let ends = steps.iter().map(|step| step.started_us.saturating_add(step.took_us));
+    now.checked_sub(Duration::from_micros(ends.max().unwrap_or_default())).unwrap_or(now)
 }
 
 /// Who the guest is to be. Its host key is made beside this stage, by one that takes about as long as the VMM; if that fails,
