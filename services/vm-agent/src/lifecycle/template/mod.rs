@@ -219,16 +219,24 @@ pub(crate) async fn make(
     let begun = begun?;
     if !begun.repeated {
         agent.machines.start(agent, ops, vm);
-        tokio::spawn(tidy_after(agent.clone(), ops.clone(), begun.op.id));
+        tokio::spawn(tidy_after(agent.clone(), ops.clone(), begun.op.id, vm));
     }
     Ok(TemplateMade::Begun(begun.into()))
 }
 
-/// Removes what the end of a make leaves of others: the template whose place it took, those that are too many by now.
-async fn tidy_after(agent: Agent, ops: Ops, op: OpId) {
+/// Removes what the end of a make leaves of others: the template whose place it took, those that are too many by now. Then loads
+/// the memory of what was made: who has a template made mostly wants a machine of it soon, and loading takes longer than all the rest
+/// of a resume.
+async fn tidy_after(agent: Agent, ops: Ops, op: OpId, made: VmId) {
     drop(ops.wait(op).await);
     if let Err(error) = agent.sweep_templates().await {
         tracing::warn!(%error, "something of a template may stay for a while");
+    }
+    let is_made = agent.db.read(move |c| Ok(store::all(c)?.iter().any(|(_, template)| template.id == made)));
+    if matches!(is_made.await, Ok(true))
+        && let Err(error) = agent.templates.memory(&agent.state_dir(), made).await
+    {
+        tracing::info!(%error, template = %made, "the first create of a template has to load its memory itself");
     }
 }
 
