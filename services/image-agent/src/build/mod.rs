@@ -20,17 +20,22 @@ use crate::{
 };
 use bothy_contract::{Code, Error, ImageName};
 use std::{
-    fmt,
+    fmt, io,
     path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 use tokio_util::sync::CancellationToken;
 
 /// Prefix of the directories of builds.
 pub(crate) const PREFIX: &str = ".build-";
+
+/// How often a directory is emptied that goes on filling, and the pause between.
+const TRIES: u32 = 200;
+const PAUSE: Duration = Duration::from_millis(25);
 
 /// Told how far a stage has come: units done, in all where known, and a line for people.
 pub(crate) type Progress = Arc<dyn Fn(u64, Option<u64>, &str) + Send + Sync>;
@@ -133,7 +138,7 @@ impl Build {
 /// Removes what no process is working on any more: half-made images, and images half removed. To be called before any
 /// operation begins or goes on.
 pub(crate) fn sweep(store: &Store) -> Result<(), Error> {
-    let failed = |e: std::io::Error| fault::io("cannot sweep the image store", &e);
+    let failed = |e: io::Error| fault::io("cannot sweep the image store", &e);
     for entry in fs_err::read_dir(store.dir()).map_err(failed)? {
         let entry = entry.map_err(failed)?;
         if entry.file_name().as_encoded_bytes().starts_with(b".") {
@@ -143,11 +148,45 @@ pub(crate) fn sweep(store: &Store) -> Result<(), Error> {
     Ok(())
 }
 
+/// Removes a build's directory with all that is in it. The tools of an agent that was killed are killed with it, and write until they
+/// are dead: a directory that fills while it is emptied is emptied again. Blocks.
 pub(crate) fn remove(work: &Path) -> Result<(), Error> {
-    match fs_err::remove_dir_all(work) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(fault::io("cannot remove what a build left", &e))
+    let mut tries = 0..TRIES;
+    loop {
+        match fs_err::remove_dir_all(work) {
+            Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty && tries.next().is_some() => {
+                std::thread::sleep(PAUSE);
+            }
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(fault::io("cannot remove what a build left", &e));
+            }
+            _ => return Ok(()),
         }
-        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_dying_tool_still_writes_goes_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let work = dir.path().join(".build-1");
+        fs_err::create_dir(&work).unwrap();
+        let tool = std::thread::spawn({
+            let work = work.clone();
+            move || {
+                // Until its directory is gone.
+                (0..20_000).take_while(|n| fs_err::create_dir(work.join(n.to_string())).is_ok()).count()
+            }
+        });
+        while !work.join("1000").exists() {
+            std::thread::yield_now();
+        }
+        remove(&work).unwrap();
+        assert!(tool.join().unwrap() > 1000);
+        assert!(!work.exists());
+        remove(&work).unwrap();
     }
 }

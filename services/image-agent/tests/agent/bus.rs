@@ -1,6 +1,6 @@
 //! What the agent answers, what it refuses, and what a cancelled build leaves.
 
-use crate::host::{Host, MIB, ended};
+use crate::host::{Host, MIB, PATIENCE, ended};
 use bothy_bus::Client;
 use bothy_contract::{
     Code, ImageName, OpId, VmId,
@@ -187,8 +187,11 @@ async fn a_build_that_is_cancelled_or_cut_off_leaves_nothing() {
     let record = ended(&gateway, op).await;
     assert_eq!(record.state, OpState::Failed, "{record:?}");
     // The tools of the agent that was killed went with it, or they would go on to write there.
-    while tools_in(&host.home()) > 0 {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    let gone = async {
+        while tools_in(&host.home()) > 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, gone).await.unwrap();
     assert_eq!(host.builds_left(), Vec::<PathBuf>::new());
 }

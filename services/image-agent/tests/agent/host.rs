@@ -14,6 +14,8 @@ use std::{
 };
 
 pub(crate) const MIB: u64 = 1 << 20;
+/// How long anything may take on a loaded machine: nothing is waited for without end.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 /// The SHA-256 of a MiB of zeros.
 const ZEROS: &str = "30e14955ebf1352266dc2ff8067e68104607e750abb9d3b36582b8af909fcb58";
 
@@ -60,9 +62,12 @@ impl Host {
     }
 
     pub(crate) async fn ready(&self, gateway: &Client) {
-        while gateway.call::<ImageListAll>(&ListImages {}).await.is_err() {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        let answers = async {
+            while gateway.call::<ImageListAll>(&ListImages {}).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, answers).await.expect("the image-agent is ready");
     }
 
     /// Copies an image in, as a person may: its directory is all that makes it one.
@@ -97,11 +102,14 @@ impl Host {
 }
 
 pub(crate) async fn ended(gateway: &Client, op: OpId) -> OpRecord {
-    loop {
-        let record = gateway.call::<ImageOpShow>(&OpRef { op }).await.unwrap();
-        if record.state.is_final() {
-            return record;
+    let ended = async {
+        loop {
+            let record = gateway.call::<ImageOpShow>(&OpRef { op }).await.unwrap();
+            if record.state.is_final() {
+                return record;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    };
+    tokio::time::timeout(PATIENCE, ended).await.expect("the operation ends")
 }
