@@ -67,7 +67,7 @@ impl Host {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         };
-        tokio::time::timeout(PATIENCE, answers).await.expect("the image-agent is ready");
+        tokio::time::timeout(PATIENCE, answers).await.unwrap();
     }
 
     /// Copies an image in, as a person may: its directory is all that makes it one.
@@ -111,5 +111,5 @@ pub(crate) async fn ended(gateway: &Client, op: OpId) -> OpRecord {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     };
-    tokio::time::timeout(PATIENCE, ended).await.expect("the operation ends")
+    tokio::time::timeout(PATIENCE, ended).await.unwrap()
 }
