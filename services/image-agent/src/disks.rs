@@ -9,6 +9,7 @@ mod sizes;
 mod templates;
 
 use crate::{
+    build,
     clone::{How, clone},
     fault,
     store::Store,
@@ -47,12 +48,25 @@ pub(crate) struct Disks {
 /// What a work disk is made from.
 #[derive(Debug)]
 pub(crate) struct Seed {
-    /// The file.
-    pub(crate) path: PathBuf,
-    /// Its size.
-    pub(crate) size: u64,
+    /// The file: open, so that it can be cloned whatever becomes of its name.
+    pub(crate) file: fs_err::File,
     /// How it was come by, where it is not the image's own.
     pub(crate) how: Option<String>,
+    /// The directory that it was made in for this disk alone; removed with the last of it.
+    pub(crate) scratch: Option<PathBuf>,
+}
+
+impl Seed {
+    /// One that is there for all.
+    pub(crate) fn open(path: &Path) -> Result<Self, Error> {
+        let file = fs_err::File::open(path).map_err(|e| fault::io("cannot open a seed", &e))?;
+        Ok(Self { file, how: None, scratch: None })
+    }
+
+    /// Its size in bytes.
+    pub(crate) fn size(&self) -> Result<u64, Error> {
+        Ok(self.file.metadata().map_err(|e| fault::io("cannot look at a seed", &e))?.len())
+    }
 }
 
 impl Disks {
@@ -82,7 +96,9 @@ impl Disks {
         let (_, rootfs) = image.artifact("rootfs")?;
         let failed = |e: io::Error| fault::io(format!("cannot make the system overlay of VM {vm}"), &e);
         self.make_home(&home).map_err(failed)?;
-        let made = self.make(&from, &system, uid, mib).and_then(|_| link(&rootfs, &base));
+        let made = fs_err::File::open(from)
+            .and_then(|seed| self.make(&seed, &system, uid, mib))
+            .and_then(|_| link(&rootfs, &base));
         match made {
             Ok(base) => Ok(Rootfs { base, system }),
             Err(e) => {
@@ -94,7 +110,7 @@ impl Disks {
     }
 
     /// Makes a VM's work disk ready, from what `seed` gives where it is not there yet. `seed` may make a directory with a dot
-    /// in front in the VM's, which is given to it; what it gives from there is removed afterwards.
+    /// in front in the VM's, which is given to it.
     pub(crate) fn work_with(
         &self,
         vm: VmId,
@@ -111,10 +127,12 @@ impl Disks {
         let failed = |e: io::Error| fault::io(format!("cannot make the work disk of VM {vm}"), &e);
         self.make_home(&home).map_err(failed)?;
         let made = seed(&home).and_then(|seed| {
-            let how = check_size("the work disk", mib, seed.size)
-                .and_then(|()| self.make(&seed.path, &path, uid, mib).map_err(failed));
-            if let Some(scratch) = seed.path.parent().filter(|dir| dir.starts_with(&home)) {
-                fs_err::remove_dir_all(scratch).map_err(failed)?;
+            let how = seed
+                .size()
+                .and_then(|size| check_size("the work disk", mib, size))
+                .and_then(|()| self.make(&seed.file, &path, uid, mib).map_err(failed));
+            if let Some(scratch) = &seed.scratch {
+                build::remove(scratch)?;
             }
             how.map(|how| seed.how.unwrap_or_else(|| how.word().to_owned()))
         });
@@ -151,12 +169,12 @@ impl Disks {
             for entry in fs_err::read_dir(&home).map_err(failed)? {
                 let path = entry.map_err(failed)?.path();
                 if path.file_name().is_some_and(|n| n.as_encoded_bytes().starts_with(b".")) {
-                    let removed = if path.is_dir() {
-                        fs_err::remove_dir_all(&path)
+                    if path.is_dir() {
+                        // A seed that was being made: its tools may still be at it.
+                        build::remove(&path)?;
                     } else {
-                        fs_err::remove_file(&path)
-                    };
-                    removed.map_err(failed)?;
+                        fs_err::remove_file(&path).map_err(failed)?;
+                    }
                 }
             }
             self.remove_empty(&home);
@@ -217,8 +235,7 @@ impl Disks {
         let _ = fs_err::remove_dir(home);
     }
 
-    fn make(&self, seed: &Path, path: &Path, uid: u32, mib: u64) -> io::Result<How> {
-        let seed = fs_err::File::open(seed)?;
+    fn make(&self, seed: &fs_err::File, path: &Path, uid: u32, mib: u64) -> io::Result<How> {
         let dir = path.parent().unwrap_or(&self.dir);
         let temp = tempfile::Builder::new()
             .prefix(".disk-")
@@ -276,8 +293,7 @@ mod tests {
         ) -> Result<WorkDisk, Error> {
             self.work_with(vm, uid, mib, |_| {
                 let image = store.open(image)?;
-                let (artifact, path) = image.artifact("work-seed")?;
-                Ok(Seed { path, size: artifact.size, how: None })
+                Seed::open(&image.artifact("work-seed")?.1)
             })
         }
     }

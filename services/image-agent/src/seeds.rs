@@ -32,28 +32,22 @@ pub(crate) fn work(agent: &Agent, ask: &PrepareWorkDisk) -> Result<WorkDisk, Err
     agent.disks.work_with(ask.vm, ask.uid, ask.work_mib, |dir| {
         let image = agent.store.open(&ask.image)?;
         let (artifact, path) = image.artifact("work-seed")?;
-        let size = artifact.size;
         let Err(why) = agent.store.check_seed(&image) else {
-            let seed = Seed { path, size, how: None };
-            return Ok(agent.grown.of(seed, &artifact.sha256, ask.work_mib));
+            return Ok(agent.grown.of(Seed::open(&path)?, &artifact.sha256, ask.work_mib));
         };
         tracing::warn!(image = %ask.image, why, "the work-seed is made anew");
         heal(agent, &image);
         let scratch = dir.join(format!(".seed-{}", OpId::new()));
         let made = make(&image, &scratch);
         let how = format!("made anew from the image, since {why}");
-        match made.and_then(|path| Ok(Seed { size: length(&path)?, path, how: Some(how) })) {
-            Ok(seed) => Ok(seed),
+        match made.and_then(|path| Seed::open(&path)) {
+            Ok(seed) => Ok(Seed { how: Some(how), scratch: Some(scratch), ..seed }),
             Err(e) => {
                 let _ = build::remove(&scratch);
                 Err(e.context(format!("{why}, and another one cannot be made")))
             }
         }
     })
-}
-
-fn length(path: &Path) -> Result<u64, Error> {
-    Ok(fs_err::metadata(path).map_err(|e| fault::io("cannot look at the new seed", &e))?.len())
 }
 
 /// A fresh seed of `image` in `dir`, which is made for it.

@@ -114,7 +114,8 @@ impl Disks {
         }
         // The base first: an overlay without the base it was begun with is worth nothing.
         let made = super::link(&from.join(BASE), &base)
-            .and_then(|_| self.make(&from.join(SYSTEM), &system, uid, mib));
+            .and_then(|_| fs_err::File::open(from.join(SYSTEM)))
+            .and_then(|seed| self.make(&seed, &system, uid, mib));
         match made {
             Ok(_) => Ok(Rootfs { base, system }),
             Err(e) => {
