@@ -1,5 +1,5 @@
 //! The disk that holds the user's home, and the online growth that gives a small file system the size of its disk:
-//! the host runs no fsck and no resize2fs, and never mounts what a guest wrote.
+//! the host runs no fsck and no resize2fs on what a guest wrote, and never mounts it.
 
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -47,6 +47,14 @@ pub(crate) fn barriers(home: &Path) -> io::Result<()> {
     mount(None::<&str>, home, None::<&str>, flags, on).map_err(|errno| {
         io::Error::other(format!("mount {} with barriers: {}", home.display(), errno.desc()))
     })
+}
+
+/// Grows the file system of the work disk, mounted on `home`, to the size that the disk has.
+///
+/// # Errors
+/// When it cannot be grown.
+pub(crate) fn fill(home: &Path) -> io::Result<()> {
+    grow_work(home, 0).map(drop)
 }
 
 /// Grows the file system of the work disk, mounted on `home`, once the disk has at least `least` bytes. Returns its size in
@@ -103,10 +111,7 @@ fn wait_for(disk: &Path, least: u64) -> io::Result<()> {
 /// # Errors
 /// When sizes cannot be read or the kernel refuses.
 pub(crate) fn grow(disk: &Path, directory: &File) -> io::Result<u64> {
-    let stat = fstatfs(directory.file())?;
-    let block = u64::try_from(stat.block_size()).unwrap_or_default();
-    let blocks = blocks_of(sectors(disk)?, block)
-        .ok_or_else(|| io::Error::other(format!("{}: a block size of {block}", disk.display())))?;
+    let (block, blocks) = room(disk, directory)?;
     // The kernel takes its time to find that there is nothing to do.
     if ext4_blocks(disk)? == Some(blocks) {
         return Ok(blocks.saturating_mul(block));
@@ -120,8 +125,16 @@ pub(crate) fn grow(disk: &Path, directory: &File) -> io::Result<u64> {
 /// Whether the work disk, mounted on `home`, has room that its file system does not use yet.
 pub(crate) fn is_to_grow(home: &Path) -> io::Result<bool> {
     let Some(disk) = by_serial("work")? else { return Ok(false) };
-    let block = u64::try_from(fstatfs(File::open(home)?.file())?.block_size()).unwrap_or_default();
-    Ok(ext4_blocks(&disk)? != blocks_of(sectors(&disk)?, block))
+    let (_, blocks) = room(&disk, &File::open(home)?)?;
+    Ok(ext4_blocks(&disk)? != Some(blocks))
+}
+
+/// The size of a block of the file system that `directory` is on, and how many of them its `disk` holds.
+fn room(disk: &Path, directory: &File) -> io::Result<(u64, u64)> {
+    let block = u64::try_from(fstatfs(directory.file())?.block_size()).unwrap_or_default();
+    let blocks = blocks_of(sectors(disk)?, block)
+        .ok_or_else(|| io::Error::other(format!("{}: a block size of {block}", disk.display())))?;
+    Ok((block, blocks))
 }
 
 /// How many blocks the ext4 on `disk` has, by its superblock: statfs(2) says less, for it leaves the file system's own out. `None`

@@ -77,8 +77,8 @@ impl Guest {
                 self.leave_for_later(was, &request).await;
             } else {
                 let grown = async {
-                    self.keep_home(&request.home).await?;
-                    self.grow_home(&request.home).await
+                    at_home(&request.home, workdisk::barriers).await?;
+                    at_home(&request.home, workdisk::fill).await
                 };
                 grown.await.map_err(|error| failed("personalise", &error))?;
             }
@@ -181,24 +181,6 @@ impl Guest {
         self.0.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn grow_home(&self, home: &str) -> io::Result<()> {
-        if home.is_empty() {
-            return Ok(());
-        }
-        let home = home.to_owned();
-        let grown = tokio::task::spawn_blocking(move || workdisk::grow_work(Path::new(&home), 0));
-        grown.await.map_err(io::Error::other)?.map(drop)
-    }
-
-    async fn keep_home(&self, home: &str) -> io::Result<()> {
-        if home.is_empty() {
-            return Ok(());
-        }
-        let home = home.to_owned();
-        let kept = tokio::task::spawn_blocking(move || workdisk::barriers(Path::new(&home)));
-        kept.await.map_err(io::Error::other)?
-    }
-
     /// Begins what need not be done before the reply.
     async fn leave_for_later(&self, was: Option<v1::PersonaliseRequest>, now: &v1::PersonaliseRequest) {
         let mut held = std::mem::take(&mut *self.held());
@@ -278,9 +260,9 @@ impl Guest {
             Task::Grow => {
                 // The kernel refuses two growths of one file system at a time.
                 let _one = self.0.identity.lock().await;
-                self.grow_home(&later.home).await
+                at_home(&later.home, workdisk::fill).await
             }
-            Task::Barriers => self.keep_home(&later.home).await,
+            Task::Barriers => at_home(&later.home, workdisk::barriers).await,
             Task::Timers => units::start_timers(root, &later.timers).await,
             Task::Journal => match &later.ids {
                 Some([old, new]) => units::move_journal(root, old, new).await,
@@ -288,6 +270,15 @@ impl Guest {
             },
         }
     }
+}
+
+/// Blocking work on the home, where there is one.
+async fn at_home(home: &str, work: fn(&Path) -> io::Result<()>) -> io::Result<()> {
+    if home.is_empty() {
+        return Ok(());
+    }
+    let home = home.to_owned();
+    tokio::task::spawn_blocking(move || work(Path::new(&home))).await.map_err(io::Error::other)?
 }
 
 /// Whether two requests describe the same machine; time and randomness are of the moment.
