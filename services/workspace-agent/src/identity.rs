@@ -45,18 +45,15 @@ pub async fn sync<G: Guest>(guest: &G, request: &SyncIdentity) -> Result<(), Err
     let (home, identity) = (request.home.as_str(), &request.identity);
     path::check("home", home)?;
     check(identity)?;
-    let (keys, mut config) = (authorized_keys(home, identity), gitconfig(home, identity));
-    let mut edit = false;
-    if let Some(file) = &config {
-        // A new machine has none: then one call writes all, which matters where each process takes the guest 20 ms.
-        edit = guest.exists(&file.path).await?;
-    }
-    if edit {
-        config = None;
-    }
+    let (keys, config) = (authorized_keys(home, identity), gitconfig(home, identity));
+    // A new machine has none: then one call writes all, which matters where each process takes the guest 20 ms.
+    let edit = match &config {
+        Some(file) => guest.exists(&file.path).await?,
+        None => false,
+    };
     let file =
         |file: GuestFile| File { path: file.path, content: file.content.into_bytes(), mode: file.mode };
-    let files: Vec<File> = keys.into_iter().chain(config).map(file).collect();
+    let files: Vec<File> = keys.into_iter().chain(config.filter(|_| !edit)).map(file).collect();
     if !files.is_empty() {
         guest.write_files(files).await?;
     }
