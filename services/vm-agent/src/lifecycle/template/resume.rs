@@ -112,15 +112,13 @@ async fn resume(
 ) -> Result<Up, Error> {
     let begun = Instant::now();
     let limited = async {
-        let dir = agent.state_dir();
-        let memory = agent.templates.memory(&dir, template);
-        let (sealed, files) = tokio::join!(memory, users_files(agent, input, boot));
-        let sealed = sealed?;
+        let sealed = agent.templates.memory(&agent.state_dir(), template).await?;
         let state = files::snapshot(&agent.state_dir(), template).state;
         let from = Origin::Template(Snapshot { state, memory: sealed.path() });
         let (name, shape, rootfs) = (&input.name, &input.spec.shape, &root.disks);
         let machine = Machine { vm, name, shape, boot, lease, rootfs, work, memory: Memory::Own, from };
-        let handle = machine.start(agent).await?.handle;
+        let (running, files) = tokio::join!(machine.start(agent), users_files(agent, input, boot));
+        let handle = running?.handle;
         let loaded = begun.elapsed();
         let vmm = vmm_name(agent, boot).await?;
         note_launch(agent, vm, Vmm { handle, name: vmm, booted: shape.clone(), boot_id: None }).await?;
@@ -132,7 +130,8 @@ async fn resume(
         holder.perform(&driver.resize_disk("work", shape.work_mib << 20)).await?;
         let guest = live.guest(&agent.config, vm);
         let identity = Identity { files, ..identity(agent, vm, input).await };
-        let (boot_id, resumed) = guest.personalise_resumed(&identity, lease, boot).await?;
+        let told = guest.personalise_resumed(&identity, lease, boot);
+        let (boot_id, resumed) = guest.alive_within("giving the guest its identity", RESUME, told).await?;
         note_steps(vm, began(&resumed.steps), &resumed.steps);
         agent.note_boot_id(vm, boot_id).await?;
         agent.db.write(move |tx| store::used(tx, template)).await?;
