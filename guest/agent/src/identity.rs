@@ -135,6 +135,14 @@ pub(crate) fn set_clock(unix_us: u64) -> io::Result<()> {
     Ok(clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::new(seconds, nanos))?)
 }
 
+/// Moves the wall clock by that many microseconds.
+///
+/// # Errors
+/// When the kernel refuses, as it does with a time before 1970.
+pub(crate) fn step_clock(by_us: i64) -> io::Result<()> {
+    if by_us == 0 { Ok(()) } else { set_clock(clock_us().saturating_add_signed(by_us)) }
+}
+
 /// The wall clock, in microseconds since 1970.
 pub(crate) fn clock_us() -> u64 {
     let now = clock_gettime(ClockId::CLOCK_REALTIME).map(Duration::from).unwrap_or_default();

@@ -160,6 +160,12 @@ impl guest_server::Guest for Guest {
         self.resumed_now(request.into_inner()).await.map(Response::new)
     }
 
+    async fn step_clock(&self, request: Request<v1::StepClockRequest>) -> Reply<v1::StepClockReply> {
+        let by = request.into_inner().by_us;
+        identity::step_clock(by).map_err(|error| failed("move the clock", &error))?;
+        Ok(Response::new(v1::StepClockReply { unix_time_us: identity::clock_us() }))
+    }
+
     async fn timeline(&self, _: Request<v1::TimelineRequest>) -> Reply<v1::TimelineReply> {
         let steps = self.0.steps.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let steps = steps.into_iter().map(Into::into).collect();

@@ -98,7 +98,8 @@ impl Guest {
         }
         let boot_id = identity::boot_id().map_err(|error| failed("read the boot id", &error))?;
         let steps = steps.all().into_iter().map(Into::into).collect();
-        Ok(v1::PersonaliseReply { boot_id, pending: self.0.pending.names(), steps })
+        let (pending, unix_time_us) = (self.0.pending.names(), identity::clock_us());
+        Ok(v1::PersonaliseReply { boot_id, pending, steps, unix_time_us })
     }
 
     pub(super) async fn quiesce_now(&self) -> Result<v1::QuiesceReply, Status> {
@@ -174,7 +175,8 @@ impl Guest {
         }
         let boot_id = identity::boot_id().map_err(|error| failed("read the boot id", &error))?;
         let off = unix_time_us.cast_signed().saturating_sub(was.cast_signed());
-        Ok(v1::ResumedReply { boot_id, clock_was_off_us: if unix_time_us == 0 { 0 } else { off } })
+        let clock_was_off_us = if unix_time_us == 0 { 0 } else { off };
+        Ok(v1::ResumedReply { boot_id, clock_was_off_us, unix_time_us: identity::clock_us() })
     }
 
     fn held(&self) -> std::sync::MutexGuard<'_, Held> {

@@ -136,6 +136,24 @@ impl Guest {
         }
     }
 
+    /// What `say` comes to on a connection of its own to a guest that was resumed: all of it again on another one as long as
+    /// nobody answers; whoever calls sets the deadline.
+    async fn until_heard<T, F>(&self, say: impl Fn(GuestClient) -> F) -> Result<T, Error>
+    where
+        F: Future<Output = Result<T, Error>>,
+    {
+        loop {
+            let said = async { say(self.client().await?).await };
+            match said.await {
+                Err(error) if error.code == Code::Unavailable => {
+                    tracing::debug!(%error, "the guest does not answer yet");
+                }
+                said => return said,
+            }
+            sleep(PAUSE).await;
+        }
+    }
+
     /// Has the guest stand still so that it can be saved. What could not be made quiet, by its own word.
     pub(crate) async fn quiesce(&self) -> Result<Vec<String>, Error> {
         let told = self.client().await?.quiesce(QuiesceRequest {}).await.map_err(|s| fail("quiesce", &s))?;

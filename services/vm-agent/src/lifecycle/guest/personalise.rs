@@ -1,13 +1,13 @@
 //! Who a guest is: told to one that boots once it answers, and to one that was resumed with the first words that it hears.
 
 use super::{
-    Guest, MAX_STEPS, PAUSE,
-    clock::{adjust, unix_time_us},
+    Guest, MAX_STEPS,
+    clock::{adjust, behind, unix_time_us},
     fail, plain_id, step,
 };
 use crate::lifecycle::files::HostKey;
 use bothy_contract::{
-    Code, Error,
+    Error,
     guest::BootStep,
     image::{BootSet, InitStyle},
     net::Lease,
@@ -18,7 +18,6 @@ use bothy_guest_proto::{
     v1::{File, Nic, PersonaliseReply, PersonaliseRequest},
 };
 use serde::{Deserialize, Serialize};
-use tokio::time::sleep;
 
 /// Random bytes for the guest's pool.
 const ENTROPY: usize = 64;
@@ -80,32 +79,20 @@ impl Guest {
         lease: &Lease,
         boot: &BootSet,
     ) -> Result<(String, Resumed), Error> {
-        loop {
-            let told = async {
-                let mut client = self.client().await?;
-                let told = tell(&mut client, identity, lease, boot).await?;
-                // It was told the time with its identity, which took its time to be heard.
-                if let Err(error) = adjust(&mut client).await {
-                    tracing::warn!(%error, "the guest's clock may be wrong");
-                }
-                Ok::<_, Error>(told)
-            };
-            match told.await {
-                Ok(told) => {
-                    let left = |name: &str| told.pending.iter().any(|left| left == name);
-                    let left = Left { grow: left("grow"), services: left("services") };
-                    let steps = told.steps.into_iter().take(MAX_STEPS).map(step).collect();
-                    let resumed = Resumed { identity: !identity.files.is_empty(), steps, left };
-                    return Ok((plain_id(&told.boot_id), resumed));
-                }
-                // To tell it again is to tell it once.
-                Err(error) if error.code == Code::Unavailable => {
-                    tracing::debug!(%error, "the guest does not answer yet");
-                }
-                Err(error) => return Err(error),
+        self.until_heard(|mut client| async move {
+            // To tell it again is to tell it once.
+            let told = tell(&mut client, identity, lease, boot).await?;
+            // It was told the time with its identity, which took its time to be heard.
+            if let Err(error) = adjust(&mut client, behind(told.unix_time_us)).await {
+                tracing::warn!(%error, "the guest's clock may be wrong");
             }
-            sleep(PAUSE).await;
-        }
+            let left = |name: &str| told.pending.iter().any(|left| left == name);
+            let left = Left { grow: left("grow"), services: left("services") };
+            let steps = told.steps.into_iter().take(MAX_STEPS).map(step).collect();
+            let resumed = Resumed { identity: !identity.files.is_empty(), steps, left };
+            Ok((plain_id(&told.boot_id), resumed))
+        })
+        .await
     }
 }
 
