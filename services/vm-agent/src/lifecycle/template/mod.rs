@@ -45,10 +45,13 @@ use make::MakeInput;
 use std::{
     collections::{HashMap, HashSet},
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
-use tokio::{sync::mpsc, time::Instant};
+use tokio::{
+    sync::{OnceCell, mpsc},
+    time::Instant,
+};
 
 /// Makes a template.
 pub(crate) const MAKE: &str = "template.make";
@@ -78,7 +81,14 @@ pub(crate) struct Want {
 pub(crate) struct Templates {
     wanted: mpsc::Sender<Want>,
     queue: Mutex<Option<mpsc::Receiver<Want>>>,
-    at_hand: tokio::sync::Mutex<HashMap<VmId, (Arc<SealedMemory>, Instant)>>,
+    at_hand: Mutex<HashMap<VmId, AtHand>>,
+}
+
+/// A template's memory, or its place while it is loaded, and when it was used last.
+#[derive(Debug)]
+struct AtHand {
+    memory: Arc<OnceCell<Arc<SealedMemory>>>,
+    used: Instant,
 }
 
 impl Default for Templates {
@@ -95,30 +105,37 @@ impl Templates {
         drop(self.wanted.try_send(want));
     }
 
-    /// The memory of a template, as VMMs of any user can map it; loaded once for many.
+    /// The memory of a template, as VMMs of any user can map it; loaded once for many, and one's loading holds up nobody who
+    /// wants another's.
     async fn memory(&self, state: &Path, template: VmId) -> Result<Arc<SealedMemory>, Error> {
-        let mut at_hand = self.at_hand.lock().await;
-        if let Some((memory, used)) = at_hand.get_mut(&template) {
-            *used = Instant::now();
-            return Ok(Arc::clone(memory));
-        }
+        let memory = {
+            let mut at_hand = self.at_hand();
+            let place = at_hand
+                .entry(template)
+                .or_insert_with(|| AtHand { memory: Default::default(), used: Instant::now() });
+            place.used = Instant::now();
+            Arc::clone(&place.memory)
+        };
         let path = files::snapshot(state, template).memory;
-        let memory = tokio::task::spawn_blocking(move || SealedMemory::load(&path))
-            .await
-            .map_err(|e| Error::internal("cannot load a template's memory", &e))??;
-        let memory = Arc::new(memory);
-        at_hand.insert(template, (Arc::clone(&memory), Instant::now()));
-        Ok(memory)
+        let load = || async {
+            let load = tokio::task::spawn_blocking(move || SealedMemory::load(&path));
+            let loaded = load.await.map_err(|e| Error::internal("cannot load a template's memory", &e))??;
+            Ok(Arc::new(loaded))
+        };
+        memory.get_or_try_init(load).await.cloned()
     }
 
     /// Lets go of the memory of a template, or of all that nobody has used for long. VMs that were resumed from one keep what
     /// they have of it.
-    async fn let_go(&self, gone: Option<VmId>) {
-        let fresh = |used: &Instant| used.elapsed() < AT_HAND.0;
-        self.at_hand.lock().await.retain(|id, (_, used)| match gone {
+    fn let_go(&self, gone: Option<VmId>) {
+        self.at_hand().retain(|id, place| match gone {
             Some(gone) => *id != gone,
-            None => fresh(used),
+            None => place.used.elapsed() < AT_HAND.0,
         });
+    }
+
+    fn at_hand(&self) -> MutexGuard<'_, HashMap<VmId, AtHand>> {
+        self.at_hand.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -138,7 +155,7 @@ pub(crate) async fn run(agent: Agent, ops: Ops) {
                 Some(want) => in_background(&agent, &ops, want).await,
                 None => return,
             },
-            _ = tidy.tick() => agent.templates.let_go(None).await,
+            _ = tidy.tick() => agent.templates.let_go(None),
         }
     }
 }
@@ -287,7 +304,7 @@ impl Agent {
     pub(super) async fn set_aside(&self, template: VmId, why: &Error) {
         let why: String = why.message.chars().take(MAX_WHY).collect();
         let kept = self.db.write(move |tx| store::set_aside(tx, template, why)).await.map_err(Error::from);
-        self.templates.let_go(Some(template)).await;
+        self.templates.let_go(Some(template));
         let swept = async {
             kept?;
             self.sweep_templates().await
@@ -311,12 +328,33 @@ impl Agent {
             })
             .await?;
         for id in here.into_iter().filter(|id| !known.contains(id)) {
-            self.templates.let_go(Some(id)).await;
+            self.templates.let_go(Some(id));
             files::remove(&self.state_dir(), id)?;
         }
         for template in frozen.into_iter().filter(|id| !known.contains(id)) {
             self.bus.call::<ImageTemplateForget>(&ForgetTemplate { template }).await?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn memory_is_loaded_once_for_many_and_again_after_it_was_let_go_or_missing() {
+        let state = tempfile::tempdir_in("/tmp").unwrap();
+        let (templates, id) = (Templates::default(), VmId::new());
+        assert!(templates.memory(state.path(), id).await.is_err());
+        files::make(state.path(), id).unwrap();
+        fs_err::write(files::snapshot(state.path(), id).memory, vec![1; 8192]).unwrap();
+        let load = || async { templates.memory(state.path(), id).await.unwrap() };
+        let (one, two) = tokio::join!(load(), load());
+        assert!(Arc::ptr_eq(&one, &two));
+        templates.let_go(None);
+        assert!(Arc::ptr_eq(&one, &load().await), "it was used a moment ago");
+        templates.let_go(Some(id));
+        assert!(!Arc::ptr_eq(&one, &load().await));
     }
 }
