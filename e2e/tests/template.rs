@@ -5,6 +5,10 @@
 use bothy_contract::Service;
 use bothy_e2e::host::Host;
 use bothy_testkit::require_root;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 use std::{
@@ -158,7 +162,48 @@ fn a_spoilt_template_costs_nobody_a_create() {
     warm(&host, &["--force"]);
     host.take_for_granted();
     assert!(create(&host, "c", &[]).contains("its guest was resumed"));
-    host.bothy(["vm", "delete", "--force", "c"]).ok();
+
+    // Nor does a VMM that dies while its guest is resumed.
+    let begun = Instant::now();
+    let killed = std::thread::scope(|scope| {
+        let told = scope.spawn(|| create(&host, "d", &[]));
+        let vmm = loop {
+            match host.vmm_of("d") {
+                Some((_, vmm)) => break vmm,
+                None => assert!(begun.elapsed() < Duration::from_secs(60), "it has no VMM\n{}", host.logs()),
+            }
+        };
+        kill(Pid::from_raw(vmm), Signal::SIGKILL).unwrap();
+        told.join().unwrap()
+    });
+    assert!(killed.contains("it could not be resumed, so it boots"), "{killed}");
+    assert_eq!(host.sh("d", "hostname").ok().stdout.trim(), "d");
+    assert!(templates(&host)[0]["set_aside"].is_string());
+    host.bothy(["vm", "delete", "--force", "c", "d"]).ok();
+    host.finish();
+}
+
+#[test]
+fn thirty_in_a_row_see_nothing_of_one_another() {
+    require_root!();
+    let host = warm_host();
+    let before = files(&host);
+    for n in 0..30 {
+        let name = format!("m{n}");
+        assert!(create(&host, &name, &[]).contains("its guest was resumed"), "{n}");
+        let found = host.sh(
+            &name,
+            "ls /root/mine /etc/mine 2>/dev/null; echo mine >/root/mine; echo mine >/etc/mine; sync",
+        );
+        assert_eq!((found.status, found.stdout.as_str()), (0, ""), "machine {n} finds what another wrote");
+        // The one before ends while this one lives.
+        if n > 0 {
+            host.bothy(["vm", "delete", "--force", &format!("m{}", n - 1)]).ok();
+        }
+    }
+    host.bothy(["vm", "delete", "--force", "m29"]).ok();
+    assert_eq!(templates(&host)[0]["uses"], 30);
+    assert_eq!(files(&host), before, "nobody writes to a template");
     host.finish();
 }
 
