@@ -1,12 +1,12 @@
 //! What the runs by hand need beside their command lines: disks and keys as bothy makes them.
 
 use bothy_e2e::by_hand::{Recipe, Saved};
-use bothy_guest_proto::v1;
+use bothy_guest_proto::v1::{self, exec_input};
 use std::{
     io,
     path::Path,
     process::Command,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 /// The size of a work disk.
@@ -65,6 +65,59 @@ pub(crate) async fn resume(recipe: &Recipe, saved: &Saved, work: &Path) -> io::R
     drop(guest);
     machine.end().await?;
     Ok(resumed.agent)
+}
+
+/// The same, and on: the guest becomes the machine `who` and runs `sh -c true`, over the one connection; from the VMM's start
+/// to that command's end. `seed` is what its work disk begins as.
+pub(crate) async fn become_and_run(
+    recipe: &Recipe,
+    saved: &Saved,
+    (seed, work): (&Path, &Path),
+    who: v1::PersonaliseRequest,
+) -> io::Result<Duration> {
+    let copied = Command::new("cp").arg("--sparse=always").args([seed, work]).status()?;
+    assert!(copied.success(), "cannot copy {}", seed.display());
+    let (machine, mut guest, resumed) = recipe.resume(saved, work).await?;
+    let answered = Instant::now();
+    guest.personalise(who).await.map_err(io::Error::other)?;
+    let argv = ["sh", "-c", "true"].map(str::to_owned).into();
+    let start = exec_input::Input::Start(v1::ExecStart { argv, ..Default::default() });
+    let begin = futures::stream::iter([v1::ExecInput { input: Some(start) }]);
+    let mut output = guest.exec(begin).await.map_err(io::Error::other)?.into_inner();
+    while output.message().await.map_err(io::Error::other)?.is_some() {}
+    let ran = resumed.agent + answered.elapsed();
+    drop((output, guest));
+    machine.end().await?;
+    Ok(ran)
+}
+
+/// Who such a guest is to be: VM `vm` of the host's, as it is told by `bothy`.
+pub(crate) fn somebody(vm: &serde_json::Value, seed: &Path, files: Vec<v1::File>) -> v1::PersonaliseRequest {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let text = |key: &str| vm["lease"][key].as_str().unwrap_or_default().to_owned();
+    let number =
+        |key: &str| vm["lease"][key].as_u64().and_then(|n| u32::try_from(n).ok()).unwrap_or_default();
+    v1::PersonaliseRequest {
+        hostname: "somebody".into(),
+        machine_id: "8".repeat(32),
+        nic: Some(v1::Nic {
+            mac: text("mac"),
+            address: text("address"),
+            prefix: number("prefix"),
+            gateway: text("gateway"),
+            dns: vec![text("gateway")],
+            address6: text("address6"),
+            prefix6: number("prefix6"),
+            gateway6: text("gateway6"),
+        }),
+        unix_time_us: u64::try_from(now.as_micros()).unwrap_or(u64::MAX),
+        entropy: vec![8; 64],
+        files,
+        home: "/root".into(),
+        init_systemd: true,
+        work_bytes: fs_err::metadata(seed).expect("the seed").len(),
+        ..Default::default()
+    }
 }
 
 /// An ssh host key as bothy makes one, so that sshd starts alike.

@@ -1,8 +1,9 @@
 //! A create that is resumed from a template: against the same VMM that restores a template by hand to its agent's first answer,
-//! against a create that boots, eight at once, and a suspended machine's first exec.
+//! against the same by hand on to the end of a first command, against a create that boots, eight at once, and a suspended
+//! machine's first exec.
 
 use crate::{
-    by_hand::{host_keys, resume, template},
+    by_hand::{become_and_run, host_keys, resume, somebody, template},
     median,
 };
 use bothy_e2e::{
@@ -35,11 +36,16 @@ pub(crate) fn run(pairs: usize) {
     host.bothy(["vm", "stop", "pattern"]).ok();
     let scratch = host.scratch();
     let saved = Saved::new(&scratch);
-    let seed = bothy_e2e::images::default_image().join("system-seed.ext4");
-    host.block_on(template(&recipe, &saved, &seed, host_keys(&scratch))).expect("a template by hand");
+    let image = bothy_e2e::images::default_image();
+    let (seed, home) = (image.join("system-seed.ext4"), image.join("work-seed.ext4"));
+    let keys = host_keys(&scratch);
+    host.block_on(template(&recipe, &saved, &seed, keys.clone())).expect("a template by hand");
 
-    let (mut ratios, mut resumed, mut bare, mut booted) = (vec![], vec![], vec![], vec![]);
-    println!("{:>4} {:>14} {:>14} {:>8} {:>14}", "pair", "bothy, ms", "by hand, ms", "ratio", "cold, ms");
+    let (mut ratios, mut resumed, mut bare, mut same, mut booted) = (vec![], vec![], vec![], vec![], vec![]);
+    println!(
+        "{:>4} {:>14} {:>14} {:>8} {:>18} {:>14}",
+        "pair", "bothy, ms", "by hand, ms", "ratio", "to a command, ms", "cold, ms"
+    );
     for pair in 1..=pairs {
         let name = format!("warm-{pair}");
         let start = Instant::now();
@@ -52,15 +58,20 @@ pub(crate) fn run(pairs: usize) {
         let by_hand = host.block_on(resume(&recipe, &saved, &work)).expect("a restore by hand");
         let by_hand = by_hand.as_secs_f64() * 1e3;
 
+        let who = somebody(&vm, &home, keys.clone());
+        let words = become_and_run(&recipe, &saved, (&home, &work), who);
+        let words = host.block_on(words).expect("a command by hand").as_secs_f64() * 1e3;
+
         let name = format!("cold-{pair}");
         let start = Instant::now();
         create(&host, &name, &["--cold"]);
         let cold = ms(start);
         host.bothy(["vm", "delete", "--force", &name]).ok();
-        println!("{pair:>4} {with:>14.0} {by_hand:>14.0} {:>8.2} {cold:>14.0}", with / by_hand);
+        println!("{pair:>4} {with:>14.0} {by_hand:>14.0} {:>8.2} {words:>18.0} {cold:>14.0}", with / by_hand);
         ratios.push(with / by_hand);
         resumed.push(with);
         bare.push(by_hand);
+        same.push(words);
         booted.push(cold);
     }
     println!(
@@ -68,6 +79,12 @@ pub(crate) fn run(pairs: usize) {
         median(&resumed),
         median(&bare),
         median(&ratios)
+    );
+    println!(
+        "the same by hand to the end of a first command {:.0} ms, {:.2} of the first answer: what a guest of this VMM needs \
+         for its identity and a command, with nothing of bothy's on the host",
+        median(&same),
+        median(&same) / median(&bare)
     );
     println!(
         "a create that boots {:.0} ms: {:.1}x (bar: 12x)",
