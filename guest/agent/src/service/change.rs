@@ -171,7 +171,12 @@ impl Guest {
         let identity = self.0.identity.lock().await;
         let nic = identity.as_ref().and_then(|now| now.nic.as_ref()).map(Nic::parse).transpose();
         if let Some(nic) = nic.map_err(Status::internal)? {
-            neighbours::refresh(&nic).await.map_err(|error| failed("look for the neighbours", &error))?;
+            // Nobody has to wait for it: who is not known yet is asked for with the first packet.
+            tokio::spawn(async move {
+                if let Err(error) = neighbours::refresh(&nic).await {
+                    kmsg::error(&format!("after a rest: look for the neighbours: {error}"));
+                }
+            });
         }
         let boot_id = identity::boot_id().map_err(|error| failed("read the boot id", &error))?;
         let off = unix_time_us.cast_signed().saturating_sub(was.cast_signed());

@@ -80,11 +80,15 @@ pub(crate) fn asleep(state: &Path, vm: VmId) -> Snapshot {
     Snapshot { state: dir.join("suspended"), memory: dir.join("suspended-memory") }
 }
 
-/// Removes that.
-pub(crate) fn forget_asleep(state: &Path, vm: VmId) -> Result<(), Error> {
+/// Removes that. The files without their names: their room is free once they are dropped, which takes its time.
+pub(crate) fn forget_asleep(state: &Path, vm: VmId) -> Result<Vec<fs::File>, Error> {
     let Snapshot { state, memory } = asleep(state, vm);
-    remove(&state)?;
-    remove(&memory)
+    let mut files = Vec::new();
+    for path in [state, memory] {
+        files.extend(fs::File::open(&path).ok());
+        remove(&path)?;
+    }
+    Ok(files)
 }
 
 /// Removes all of the VM's files.
@@ -112,6 +116,18 @@ fn remove(path: &Path) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn memory_that_is_forgotten_has_no_name_at_once() {
+        let state = tempfile::tempdir_in("/tmp").unwrap();
+        let vm = VmId::new();
+        assert!(forget_asleep(state.path(), vm).unwrap().is_empty());
+        fs::create_dir_all(dir(state.path(), vm)).unwrap();
+        fs::write(asleep(state.path(), vm).state, "devices").unwrap();
+        let files = forget_asleep(state.path(), vm).unwrap();
+        assert_eq!(files.len(), 1);
+        assert!(!asleep(state.path(), vm).state.exists());
+    }
 
     #[tokio::test]
     async fn a_host_key_is_made_once_kept_private_and_removed() {

@@ -176,7 +176,10 @@ impl Agent {
             Ok(())
         })
         .await?;
-        files::forget_asleep(&self.state_dir(), vm)
+        let files = files::forget_asleep(&self.state_dir(), vm)?;
+        // Nobody waits until their room is free.
+        tokio::task::spawn_blocking(move || drop(files));
+        Ok(())
     }
 
     /// Has `vm` go on, if it is paused or suspended, and waits until it does.
