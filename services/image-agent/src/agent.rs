@@ -5,7 +5,7 @@ use crate::{
     disks::Disks,
     fault,
     initramfs::Initramfs,
-    oci::Intake,
+    oci::{Blobs, Intake},
     recipe::Recipe,
     seeds::Grown,
     store::{Garbage, Store},
@@ -39,6 +39,8 @@ pub(crate) struct Agent {
     pub(crate) grown: Grown,
     /// The archives on their way in.
     pub(crate) intake: Arc<Intake>,
+    /// The blobs that came from registries.
+    pub(crate) blobs: Arc<Blobs>,
     initramfs: Arc<Initramfs>,
     recipes: PathBuf,
     netns: Option<PathBuf>,
@@ -81,6 +83,7 @@ impl Agent {
             using: Arc::default(),
             healing: Arc::default(),
             grown: Grown::new(store.join("grown")),
+            blobs: Arc::new(Blobs::new(home.join("blobs"))),
             intake: Arc::new(Intake::new(config.ticket_socket(Service::Image), home.join("incoming"))),
             initramfs: Arc::new(Initramfs::new(initramfs, config.image.guest_binary.clone())),
             recipes: config.image.recipe_dir.clone(),

@@ -143,7 +143,7 @@ impl Kinds for Works {
             kernels::KIND => kernels::graph(&self.agent, op),
             register::KIND => register::graph(&self.agent, op),
             promote::KIND => promote::graph(&self.agent, op),
-            oci::KIND => oci::graph(&self.agent, op),
+            oci::IMPORT | oci::PULL => oci::graph(&self.agent, op),
             other => Err(Error::new(
                 Code::FailedPrecondition,
                 format!("{other} is no kind of operation of this image-agent"),

@@ -85,6 +85,7 @@ async fn serve(config: &Config, agent: Agent, stop: CancellationToken) -> Result
     agent.disks.sweep()?;
     agent.grown.sweep()?;
     agent.intake.sweep()?;
+    agent.blobs.prepare()?;
     let db = Db::open(config.service_dir(Service::Image).join("image.db"), &kinds::MIGRATIONS)?;
     let client = Client::connect(config, Service::Image).await?;
     let ops = Ops::new(db, Service::Image, Arc::new(kinds::Works { agent: agent.clone() }));

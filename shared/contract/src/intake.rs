@@ -2,6 +2,7 @@
 
 use crate::{ImageName, KernelName};
 use serde::{Deserialize, Serialize};
+use std::fmt;
 
 /// Asks for a ticket. Its stream (framed) brings what the source says; the last frame that comes back is the operation that was
 /// begun with it ([`Begun`](crate::op::Begun)).
@@ -30,4 +31,30 @@ pub enum IntakeSource {
         /// What it was called where it comes from, for people.
         name: String,
     },
+    /// An image of an OCI registry, that the image-agent fetches. The stream brings the [`Credentials`] for it, or nothing.
+    Registry {
+        /// Its reference: `[registry/]repository[:tag][@digest]`.
+        reference: String,
+        /// Ask the registry over plain HTTP. One on the host's own loopback is in any case.
+        #[serde(default)]
+        insecure_http: bool,
+    },
 }
+
+/// Who asks a registry. Only ever on a stream between processes of one host: not on the bus, in a log or in an operation's record.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Credentials {
+    /// The user's name there.
+    pub username: String,
+    /// The password, or a token in its place.
+    pub secret: String,
+}
+
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Credentials").field("username", &self.username).finish_non_exhaustive()
+    }
+}
+
+/// The most that a stream brings for [`IntakeSource::Registry`], in bytes.
+pub const MAX_CREDENTIALS: usize = 64 << 10;

@@ -17,6 +17,8 @@ pub(super) struct Descriptor {
     pub(super) media_type: String,
     pub(super) digest: String,
     #[serde(default)]
+    pub(super) size: u64,
+    #[serde(default)]
     platform: Option<Platform>,
     #[serde(default)]
     annotations: std::collections::BTreeMap<String, String>,
@@ -34,7 +36,8 @@ impl Descriptor {
     }
 }
 
-fn sha256(digest: &str) -> Result<&str, Error> {
+/// The SHA-256 in a digest's text.
+pub(super) fn sha256(digest: &str) -> Result<&str, Error> {
     digest
         .strip_prefix("sha256:")
         .filter(|d| d.len() == 64 && d.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')))
@@ -113,6 +116,15 @@ pub(super) fn check(what: &str, text: &[u8], expected: &str) -> Result<(), Error
         "its {what} has the digest sha256:{found}, and should have sha256:{expected}"
     ))
     .hint("it was damaged or altered on its way: get it again"))
+}
+
+/// Whether a document is an index, and no manifest.
+pub(super) fn is_index(text: &[u8]) -> Result<bool, Error> {
+    #[derive(Deserialize)]
+    struct Either {
+        manifests: Option<serde::de::IgnoredAny>,
+    }
+    Ok(parse::<Either>("manifest", text)?.manifests.is_some())
 }
 
 /// The one image of an index that this machine can run.

@@ -1,16 +1,20 @@
 //! Images from elsewhere: the archive of a root file system, or an OCI image, becomes an image of the store.
 //!
 //! ```text
-//!  ticket's stream -> spool file -> operation: layers -> flatten -> boot_set -> seeds -> finish
+//!  ticket's stream -> spool file ----> operation: layers -> flatten -> boot_set -> seeds -> finish
+//!             '-> credentials, in memory --^        '-- a registry's come here, by way of [`Blobs`]
 //! ```
 //! The user's own process reads the archive and sends it; this agent never opens a path that a user named. The operation
 //! begins when all is there, works in one directory, and undoing it is removing that. What comes in is hostile until
 //! the opposite is shown: crate `bothy-flatten` contains it, and nothing of it is run.
 
+mod blobs;
 mod config;
 mod layout;
+mod registry;
 mod spool;
 
+pub(crate) use blobs::Blobs;
 pub(crate) use spool::Intake;
 
 use crate::{
@@ -23,17 +27,23 @@ use crate::{
     store::Over,
 };
 use bothy_contract::{
-    Error, KernelName, RequestId,
+    Code, Error, KernelName, OpId, RequestId,
     image::{Defaults, ImageManifest, InitStyle},
     intake::{IntakeSource, OpenIntake},
+    op::Begun as OpBegun,
 };
+use bothy_db::rusqlite::{OptionalExtension as _, Transaction};
 use bothy_flatten::Limits;
-use bothy_ops::{Begun, Graph, New, Op, Ops};
+use bothy_ops::{Graph, New, Op, Ops};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+};
 
-/// The kind of these operations.
-pub(crate) const KIND: &str = "image.import";
+/// The kinds of these operations: of an archive, and of a registry's image.
+pub(crate) const IMPORT: &str = "image.import";
+pub(crate) const PULL: &str = "image.pull";
 /// The home of such an image, and its private directory.
 const HOME: &str = "/root";
 const PRIVATE: &str = ".ssh";
@@ -44,8 +54,17 @@ const RESERVE: u64 = 512 << 20;
 #[derive(Debug, Serialize, Deserialize)]
 struct Input {
     ask: OpenIntake,
-    /// The file that holds what came.
-    spool: PathBuf,
+    arrived: Arrived,
+}
+
+/// What came by the ticket's stream.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Arrived {
+    /// An archive, in this file.
+    Archive(PathBuf),
+    /// Who asks the registry, under this key in this process's memory and nowhere else.
+    Credentials(String),
 }
 
 /// A layer in a file of the operation's directory.
@@ -77,26 +96,59 @@ struct Boot {
 
 /// Refuses at once what cannot become an image.
 fn check(agent: &Agent, ask: &OpenIntake) -> Result<(), Error> {
+    if let IntakeSource::Registry { reference, .. } = &ask.source {
+        registry::parse(reference)?;
+    }
     if let Some(kernel) = &ask.kernel {
         agent.store.kernel(kernel)?;
     }
     if ask.force { Ok(()) } else { agent.store.must_be_free(&ask.image) }
 }
 
-/// Begins to make an image of what is in the file `spool`.
-async fn begin(ops: &Ops, ask: OpenIntake, spool: PathBuf) -> Result<Begun, Error> {
+/// Begins to make an image of what has arrived, or finds the operation that does just that already; and whether it is a new one.
+async fn begin(ops: &Ops, ask: OpenIntake, arrived: Arrived) -> Result<(OpBegun, bool), Error> {
     let (image, owner) = (ask.image.clone(), ask.owner);
-    let input = serde_json::to_value(Input { ask, spool })
-        .map_err(|e| Error::internal("cannot write down the import", &e))?;
-    let new = New {
-        kind: KIND,
-        subject: image.to_string(),
-        vm: None,
-        owner,
-        request: Some(RequestId::new()),
-        input,
+    let kind = match &ask.source {
+        IntakeSource::Archive { .. } => IMPORT,
+        IntakeSource::Registry { .. } => PULL,
     };
-    ops.begin(new, move |tx, op| kinds::reserve(tx, &image, op)).await
+    let input = serde_json::to_value(Input { ask: ask.clone(), arrived })
+        .map_err(|e| Error::internal("cannot write down the import", &e))?;
+    let new =
+        New { kind, subject: image.to_string(), vm: None, owner, request: Some(RequestId::new()), input };
+    let same = Arc::new(Mutex::new(None));
+    let found = Arc::clone(&same);
+    let begun = ops
+        .begin(new, move |tx, op| {
+            if kind == PULL
+                && let Some(pull) = pulled_by(tx, &ask)?
+            {
+                *found.lock().unwrap_or_else(PoisonError::into_inner) = Some(pull);
+                return Err(Error::new(Code::AlreadyExists, "it is being pulled").into());
+            }
+            kinds::reserve(tx, &image, op)
+        })
+        .await;
+    if let Some(op) = same.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        return Ok((OpBegun { op, vm: None }, false));
+    }
+    Ok((begun?.into(), true))
+}
+
+/// The operation that pulls the same for the same, if one does.
+fn pulled_by(tx: &Transaction<'_>, ask: &OpenIntake) -> Result<Option<OpId>, bothy_db::Error> {
+    let under_way = tx
+        .query_row(
+            "SELECT op.id, op.input FROM building JOIN op ON op.id = building.op
+             WHERE building.image = ?1 AND op.kind = ?2 AND op.cancel = 0",
+            [ask.image.as_str(), PULL],
+            |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?)),
+        )
+        .optional()?;
+    let Some((op, input)) = under_way else { return Ok(None) };
+    let other: Input = serde_json::from_str(&input)?;
+    let same = OpenIntake { owner: ask.owner, ..other.ask } == *ask;
+    Ok(op.parse().ok().filter(|_| same))
 }
 
 struct Import {
@@ -143,11 +195,25 @@ impl Import {
     }
 
     async fn layers(&self, with: Stage) -> Result<Step, Error> {
-        let (dir, spool) = (self.dir.clone(), self.input.spool.clone());
+        let dir = self.dir.clone();
+        let contents = match (&self.input.ask.source, &self.input.arrived) {
+            (IntakeSource::Registry { reference, insecure_http }, Arrived::Credentials(key)) => {
+                let who = self.agent.intake.take_credentials(key)?;
+                let blobs = Arc::clone(&self.agent.blobs);
+                registry::Pull::new(reference, *insecure_http, who, blobs, with)?.contents(&dir).await?
+            }
+            (IntakeSource::Archive { .. }, Arrived::Archive(spool)) => {
+                let (dir, spool) = (dir.clone(), spool.clone());
+                blocking(move || {
+                    let archive = dir.join("archive");
+                    fs_err::rename(spool, &archive).map_err(|e| fault::io("cannot take the archive", &e))?;
+                    layout::look_into(&archive, &dir, &with)
+                })
+                .await?
+            }
+            _ => return Err(Error::new(Code::Internal, "what came is not what was announced")),
+        };
         blocking(move || {
-            let archive = dir.join("archive");
-            fs_err::rename(spool, &archive).map_err(|e| fault::io("cannot take the archive", &e))?;
-            let contents = layout::look_into(&archive, &dir, &with)?;
             keep(&dir, "contents", &contents)?;
             let bytes: u64 = contents.layers.iter().map(|l| l.length).sum();
             let what = match &contents.digest {
@@ -224,7 +290,13 @@ impl Import {
         let ask = self.input.ask.clone();
         blocking(move || {
             let boot: Boot = kept(&dir, "boot")?;
-            let IntakeSource::Archive { name } = ask.source;
+            let name = match ask.source {
+                IntakeSource::Archive { name } => name,
+                IntakeSource::Registry { reference, .. } => {
+                    let reference = registry::parse(&reference)?;
+                    format!("{}/{}{}", reference.registry(), reference.repository(), tag(&reference))
+                }
+            };
             let origin = match &contents.digest {
                 Some(digest) => format!("{name}@sha256:{digest}"),
                 None => name,
@@ -247,6 +319,11 @@ impl Import {
         })
         .await
     }
+}
+
+/// What follows the repository in a reference, without its digest.
+fn tag(reference: &oci_client::Reference) -> String {
+    reference.tag().map(|tag| format!(":{tag}")).unwrap_or_default()
 }
 
 /// What may still be written where `dir` is.

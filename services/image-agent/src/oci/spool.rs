@@ -1,20 +1,28 @@
-//! The way in: a ticket's stream goes to a file, and once it is whole an operation begins with it.
+//! The way in: a ticket's stream goes to a file, and once it is whole an operation begins with it. Credentials for a registry go
+//! to no file: they are in memory until their operation takes them.
 //!
 //! Nothing of it outlives what it is for: a stream that breaks off leaves no file, and the ones that a crash left are swept
 //! before the agent answers.
 
-use super::{begin, check, room};
+use super::{Arrived, begin, check, room};
 use crate::{
     agent::Agent,
     fault::{self, blocking},
 };
-use bothy_contract::{Code, Error, TicketId, intake::OpenIntake, op::Begun, vm::Ticket};
+use bothy_contract::{
+    Code, Error, TicketId,
+    intake::{Credentials, IntakeSource, MAX_CREDENTIALS, OpenIntake},
+    op::Begun,
+    vm::Ticket,
+};
 use bothy_ops::Ops;
 use bothy_tickets::{DEFAULT_TTL, Frame, FrameReader, FrameWriter, Tickets};
 use std::{
+    collections::HashMap,
     io,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 use tokio::{
@@ -40,12 +48,19 @@ pub(crate) struct Intake {
     tickets: Tickets<OpenIntake>,
     dir: PathBuf,
     places: Semaphore,
+    /// Of operations that have not taken them yet.
+    credentials: Mutex<HashMap<String, Option<Credentials>>>,
 }
 
 impl Intake {
     /// Streams come in at `socket`, and files go to `dir`.
     pub(crate) fn new(socket: PathBuf, dir: PathBuf) -> Self {
-        Self { tickets: Tickets::new(socket), dir, places: Semaphore::new(AT_ONCE) }
+        Self {
+            tickets: Tickets::new(socket),
+            dir,
+            places: Semaphore::new(AT_ONCE),
+            credentials: Mutex::default(),
+        }
     }
 
     /// Removes what an earlier process left.
@@ -99,6 +114,21 @@ impl Intake {
         stop: &CancellationToken,
     ) -> Result<Begun, Error> {
         let stopped = || Error::new(Code::Unavailable, "the image-agent is being stopped");
+        if let IntakeSource::Registry { .. } = ask.source {
+            let credentials = tokio::select! {
+                credentials = credentials(&mut from) => credentials?,
+                () = stop.cancelled() => return Err(stopped()),
+            };
+            let key = TicketId::new().reveal();
+            self.held().insert(key.clone(), credentials);
+            let begun = begin(ops, ask, Arrived::Credentials(key.clone())).await;
+            // An operation that is another's has its own; one that has begun may have taken them already, and a later step of
+            // it does not ask again.
+            if !matches!(&begun, Ok((_, true))) {
+                self.held().remove(&key);
+            }
+            return begun.map(|(begun, _)| begun);
+        }
         let path = Spooled(self.dir.join(TicketId::new().reveal()));
         let copied = async {
             let _place = self.places.acquire().await.map_err(|e| Error::internal("no place", &e))?;
@@ -108,11 +138,45 @@ impl Intake {
             copied = copied => copied?,
             () = stop.cancelled() => return Err(stopped()),
         }
-        let begun = begin(ops, ask, path.0.clone()).await?;
+        let (begun, _) = begin(ops, ask, Arrived::Archive(path.0.clone())).await?;
         // It is the operation's now, or will be swept.
         std::mem::forget(path);
-        Ok(begun.into())
+        Ok(begun)
     }
+
+    /// What an operation that was begun here asks its registry as. Once.
+    pub(super) fn take_credentials(&self, key: &str) -> Result<Option<Credentials>, Error> {
+        self.held().remove(key).ok_or_else(|| {
+            Error::new(Code::Unavailable, "the image-agent was started anew, and knows no longer who asked")
+                .hint("pull it again")
+        })
+    }
+
+    fn held(&self) -> MutexGuard<'_, HashMap<String, Option<Credentials>>> {
+        self.credentials.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a stream brings for a registry: JSON, or nothing.
+async fn credentials<R: AsyncRead + Unpin>(from: &mut FrameReader<R>) -> Result<Option<Credentials>, Error> {
+    let mut text = Vec::new();
+    loop {
+        let frame = timeout(STALL, from.next())
+            .await
+            .map_err(|_| Error::new(Code::DeadlineExceeded, "the credentials did not arrive"))?;
+        match frame.map_err(|e| e.context("the credentials did not arrive whole"))? {
+            Frame::Data(data) => text.extend_from_slice(&data),
+            Frame::End(_) => break,
+        }
+        if text.len() > MAX_CREDENTIALS {
+            return Err(Error::new(Code::ResourceExhausted, "the credentials are too long"));
+        }
+    }
+    if text.is_empty() {
+        return Ok(None);
+    }
+    // Without the reason: it may quote them.
+    serde_json::from_slice(&text).map_err(|_| Error::invalid("the credentials make no sense"))
 }
 
 /// A file that goes unless somebody takes it.
