@@ -9,6 +9,7 @@ use bothy_contract::{
     Code, Error, KernelName, Service,
     catalogue::KernelSource,
     image::{ImageManifest, InitStyle, WaitService},
+    intake::Credentials,
     net::{Egress, NetHost, Publish},
     vm::{Idle, Shape, VmHost, VmRecord, VmSpec},
     workspace::Identity,
@@ -152,6 +153,26 @@ pub struct RegisterBody {
     /// Take the place of an image of that name.
     #[serde(default)]
     pub force: bool,
+}
+
+/// The body of `POST /v1/images/{image}/pull`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PullBody {
+    /// The image of a registry: `[registry/]repository[:tag][@digest]`.
+    pub reference: String,
+    /// The kernel that it boots; the newest one where nothing is said, else the default image's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<KernelName>,
+    /// Take the place of an image of that name.
+    #[serde(default)]
+    pub force: bool,
+    /// Ask the registry over plain HTTP.
+    #[serde(default)]
+    pub insecure_http: bool,
+    /// Who asks; anybody, where nothing is said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub credentials: Option<Credentials>,
 }
 
 /// The body of `POST /v1/kernels`. All paths are absolute ones of the host.

@@ -1,7 +1,11 @@
-//! Archives in: the caller's own process reads them and sends them here as a request's body; they go on to the image-agent's
+//! Images in from elsewhere. Archives: the caller's own process reads them and sends them here as a request's body; they go on to the image-agent's
 //! ticket socket, whose last frame says which operation began with them. A body that ends too soon never looks whole.
 
-use super::{ApiError, Gateway, Peer, error::Query};
+use super::{
+    ApiError, Gateway, Peer,
+    error::{self, Query},
+};
+use crate::api;
 use axum::{
     Json,
     body::{Body, BodyDataStream},
@@ -63,6 +67,24 @@ pub(crate) async fn import(
         let _ = tokio::time::timeout(DRAIN, rest).await;
     }
     Ok((StatusCode::ACCEPTED, Json(begun?)))
+}
+
+/// What everybody boots, so only root may have it fetched. Who asks the registry goes the way of an archive: past the bus.
+pub(crate) async fn pull(
+    State(gateway): State<Gateway>,
+    peer: Peer,
+    Path(image): Path<String>,
+    error::Body(body): error::Body<api::PullBody>,
+) -> Result<(StatusCode, Json<Begun>), ApiError> {
+    let image: ImageName = image.parse()?;
+    peer.must_be_root("pull images")?;
+    let api::PullBody { reference, kernel, force, insecure_http, credentials } = body;
+    let source = IntakeSource::Registry { reference, insecure_http };
+    let request = OpenIntake { image, source, kernel, force, owner: peer.uid };
+    let text = credentials.map(|c| serde_json::to_vec(&c)).transpose();
+    let text = text.map_err(|e| Error::internal("cannot send the credentials on", &e))?;
+    let mut body = Body::from(text.unwrap_or_default()).into_data_stream();
+    Ok((StatusCode::ACCEPTED, Json(forward(&gateway, &request, &mut body).await?)))
 }
 
 /// Sends the body on to the image-agent.

@@ -100,6 +100,7 @@ impl Gateway {
             .route("/images/{image}/register", post(catalogue::register))
             .route("/images/{image}/promote", post(catalogue::promote))
             .route("/images/{image}/import", put(intake::import).layer(DefaultBodyLimit::disable()))
+            .route("/images/{image}/pull", post(intake::pull))
             .route("/kernels", get(catalogue::kernels).post(catalogue::import_kernel))
             .route("/kernels/{kernel}", get(catalogue::kernel).delete(catalogue::remove_kernel))
             .route("/catalogue/verify", post(catalogue::verify))

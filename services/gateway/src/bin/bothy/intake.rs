@@ -6,6 +6,7 @@ use crate::{
     http::Body,
     printer::{duration, size},
     progress::Watcher,
+    pull,
 };
 use bothy_contract::{Code, Error, op::Begun};
 use bothy_gateway::api;
@@ -31,6 +32,7 @@ const GONE: &str = "the gateway takes no more of the archive";
 pub(crate) async fn main(context: &Context, command: Intake) -> Result<Status, Error> {
     match command {
         Intake::Import(args) => import(context, args).await,
+        Intake::Pull(args) => pull::main(context, args).await,
     }
 }
 

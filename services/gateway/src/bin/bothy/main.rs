@@ -19,6 +19,8 @@ mod op;
 mod plain;
 mod printer;
 mod progress;
+mod pull;
+mod registry_auth;
 mod run;
 mod ssh;
 mod template;

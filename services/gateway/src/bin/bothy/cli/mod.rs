@@ -10,7 +10,7 @@ mod workspace;
 
 pub(crate) use catalogue::{Init, Keep, Kernel, Register};
 pub(crate) use idle::IdlePolicy;
-pub(crate) use intake::{Import, Intake};
+pub(crate) use intake::{Import, Intake, Pull};
 pub(crate) use network::{Network, Policy};
 pub(crate) use vm::{Delete, Exec, Prune, Refs, Several, Vm};
 pub(crate) use workspace::{Export, Form, How, Parts, Prepare, Workspace};
