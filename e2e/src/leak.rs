@@ -298,6 +298,8 @@ fn is_furniture(relative: &Path) -> bool {
     let name = relative.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     let store = text.starts_with("image-agent/store/") && !text.contains("/.") && !name.contains("tmp");
     store
+        // Blobs of registries, kept for the next pull; what is not whole is no leak either, but gone on with.
+        || text.starts_with("image-agent/blobs/")
         || text.starts_with("bus/")
         || text.starts_with("log/")
         || [".db", ".db-wal", ".db-shm"].iter().any(|suffix| name.ends_with(suffix))

@@ -20,5 +20,6 @@ pub mod images;
 pub mod journal;
 pub mod leak;
 pub mod matrix;
+pub mod oci;
 pub mod otlp;
 pub mod repo;
