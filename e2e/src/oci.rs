@@ -58,7 +58,7 @@ pub fn layout(dir: &Path) -> PathBuf {
     let layers: Vec<_> = layers.iter().map(|l| blob(&dir, "layer.v1.tar", l)).collect();
     let config = serde_json::json!({
         "architecture": "amd64", "os": "linux",
-        "config": { "Env": ["GREETING=hello"], "WorkingDir": "/etc", "Cmd": ["sh"] },
+        "config": { "User": "12:7", "Env": ["GREETING=hello"], "WorkingDir": "/etc", "Cmd": ["sh"] },
         "rootfs": { "type": "layers", "diff_ids": diff_ids },
     });
     let config = blob(&dir, "config.v1+json", config.to_string().as_bytes());

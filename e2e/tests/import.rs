@@ -27,15 +27,21 @@ fn an_oci_image_is_imported_booted_and_worked_in() {
     assert!(taken.status != 0 && taken.stderr.contains("there is an image tiny already"), "{taken:?}");
 
     host.bothy(["vm", "create", "--name", "t", "--image", "tiny", "--memory", "256M", "--cpus", "1"]).ok();
-    let said =
-        host.sh("t", "read -r a < /etc/above; read -r k < /etc/kept; echo $a $k; test ! -e /etc/gone").status;
+    // Where, as whom and with what the image says; and as root where that is asked for.
+    let said = host.sh(
+        "t",
+        "echo $GREETING $PWD; while read -r k v; do case $k in Uid:|Gid:) echo $v;; esac; done < /proc/self/status",
+    );
+    assert_eq!(said.ok().stdout, "hello /etc\n12 12 12 12\n7 7 7 7\n");
+    let as_root = |line: &str| host.bothy(["vm", "exec", "--user", "root", "t", "--", "sh", "-c", line]);
     // Neither file ends in a line's end, so `read` says that it came to the file's end; `test` has the last word.
-    assert_eq!(said, 0);
-    let said = host.sh("t", "read -r a < /etc/above; read -r k < /etc/kept; echo $a $k");
+    let said = as_root("read -r a < above; read -r k < /etc/kept; echo $a $k; test ! -e /etc/gone");
     assert_eq!(said.ok().stdout, "above below\n");
     let written =
-        host.sh("t", "echo new > /etc/new && read -r n < /etc/new && echo $n $$ > /root/home && echo ok");
+        as_root("echo new > /etc/new && read -r n < /etc/new && echo $n $$ > /root/home && echo ok");
     assert_eq!(written.ok().stdout, "ok\n");
+    let refused = host.sh("t", "echo new > /etc/other");
+    assert!(refused.status != 0 && refused.stderr.contains("ermission denied"), "{refused:?}");
     host.bothy(["vm", "delete", "--force", "t"]).ok();
 
     // A root file system's archive, through standard input's place as a file; and what is refused leaves nothing.

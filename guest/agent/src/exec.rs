@@ -18,7 +18,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bothy_guest_proto::CHUNK;
-use bothy_guest_proto::v1::{ExecExited, ExecInput, ExecOutput, ExecStart, ExecStarted, WindowSize};
+use bothy_guest_proto::v1::{
+    Defaults, ExecExited, ExecInput, ExecOutput, ExecStart, ExecStarted, WindowSize,
+};
 use bothy_guest_proto::v1::{exec_input::Input, exec_output::Output};
 use futures::{Stream, StreamExt};
 use nix::libc;
@@ -47,12 +49,12 @@ const END_OF_TYPING: &[u8] = &[4];
 /// Where the answers go.
 pub(crate) type Replies = mpsc::Sender<Result<ExecOutput, Status>>;
 
-/// Runs one command to its end.
-pub(crate) async fn run<S>(start: ExecStart, input: S, replies: Replies)
+/// Runs one command to its end, with `defaults` where its start says nothing.
+pub(crate) async fn run<S>(start: ExecStart, defaults: Defaults, input: S, replies: Replies)
 where
     S: Stream<Item = Result<ExecInput, Status>> + Send + Unpin + 'static,
 {
-    let spawned = match spawn::spawn(&start) {
+    let spawned = match spawn::spawn(&start, &defaults) {
         Ok(spawned) => spawned,
         Err(failed) => {
             let _ = replies.send(Ok(message(Output::Failed(failed)))).await;

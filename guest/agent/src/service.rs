@@ -53,6 +53,7 @@ struct Known {
     personalised: bool,
     template: bool,
     home: String,
+    defaults: v1::Defaults,
     address: Option<Ipv4Addr>,
 }
 
@@ -181,7 +182,8 @@ impl guest_server::Guest for Guest {
             return Err(Status::invalid_argument("the first message of Exec must be `start`"));
         };
         let (replies, output) = mpsc::channel(4);
-        tokio::spawn(exec::run(start, input, replies));
+        let defaults = if start.image_defaults { self.known().defaults } else { Default::default() };
+        tokio::spawn(exec::run(start, defaults, input, replies));
         Ok(Response::new(ReceiverStream::new(output)))
     }
 

@@ -29,6 +29,27 @@ pub(crate) fn lookup(name: &str) -> io::Result<User> {
     })
 }
 
+/// The same, in the group of that name or number and no other.
+///
+/// # Errors
+/// `NotFound` when there is no such user or group.
+pub(crate) fn lookup_in(name: &str, group: &str) -> io::Result<User> {
+    let user = lookup(name)?;
+    let groups = fs_err::read_to_string("/etc/group").unwrap_or_default();
+    let gid = group_named(&groups, group).ok_or_else(|| {
+        io::Error::new(io::ErrorKind::NotFound, format!("no group `{group}` in the guest's /etc/group"))
+    })?;
+    Ok(User { gid, groups: vec![gid], ..user })
+}
+
+fn group_named(groups: &str, group: &str) -> Option<u32> {
+    let named = groups.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        (fields.next()? == group).then(|| fields.nth(1)?.parse().ok())?
+    });
+    named.or_else(|| group.parse().ok())
+}
+
 fn find(passwd: &str, group: &str, name: &str) -> Option<User> {
     let mut user = passwd.lines().find_map(|line| parse(line, name));
     if user.is_none() && (name == "root" || name == "0") {
@@ -99,5 +120,12 @@ mod tests {
         let number = find("", "", "4321").unwrap();
         assert_eq!((number.uid, number.gid, number.home.as_path()), (4321, 0, Path::new("/")));
         assert_eq!(find("", "", "-1"), None);
+    }
+
+    #[test]
+    fn groups_are_found_by_name_and_by_number() {
+        assert_eq!(group_named(GROUP, "sudo"), Some(27));
+        assert_eq!(group_named(GROUP, "4321"), Some(4321));
+        assert_eq!(group_named(GROUP, "nobody"), None);
     }
 }

@@ -122,6 +122,7 @@ impl Agent {
             home: manifest.home,
             wait: manifest.wait,
             digest,
+            defaults: manifest.defaults,
         })
     }
 

@@ -212,6 +212,9 @@ pub struct BootSet {
     /// The digest of all the image's files: another one is another image, whatever its name.
     #[serde(default)]
     pub digest: String,
+    /// What commands get in its VMs where nothing else is said.
+    #[serde(default, skip_serializing_if = "Defaults::is_empty")]
+    pub defaults: Defaults,
 }
 
 /// Makes the rootfs of a VM ready: the shared read-only base and the VM's own system overlay. Idempotent.

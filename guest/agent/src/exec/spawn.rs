@@ -8,7 +8,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
-use bothy_guest_proto::v1::{ExecFailed, ExecStart};
+use bothy_guest_proto::v1::{Defaults, ExecFailed, ExecStart};
 use nix::errno::Errno;
 use tokio::process::{Child, Command};
 
@@ -26,11 +26,10 @@ pub(super) struct Spawned {
 }
 
 /// Starts the command.
-pub(super) fn spawn(start: &ExecStart) -> Result<Spawned, ExecFailed> {
-    let name = if start.user.is_empty() { "root" } else { &start.user };
-    let user = users::lookup(name).map_err(|error| failed(Errno::EINVAL, error.to_string()))?;
-    let environment = environment(start, &user);
-    let directory = directory(start, &user)?;
+pub(super) fn spawn(start: &ExecStart, defaults: &Defaults) -> Result<Spawned, ExecFailed> {
+    let user = user(start, defaults).map_err(|error| failed(Errno::EINVAL, error.to_string()))?;
+    let environment = environment(start, defaults, &user);
+    let directory = directory(start, defaults, &user)?;
     let (program, argv0, arguments) = match start.argv.split_first() {
         Some((name, arguments)) => {
             let path = environment.get("PATH").map_or("", String::as_str);
@@ -73,8 +72,19 @@ fn failed_by(error: &io::Error, what: &str) -> ExecFailed {
     failed(errno, format!("{what}: {}", errno.desc()))
 }
 
-/// The user's environment, the host's additions on top.
-fn environment(start: &ExecStart, user: &User) -> BTreeMap<String, String> {
+/// Who runs it.
+fn user(start: &ExecStart, defaults: &Defaults) -> io::Result<User> {
+    if !start.user.is_empty() || defaults.user.is_empty() {
+        return users::lookup(if start.user.is_empty() { "root" } else { &start.user });
+    }
+    match defaults.user.split_once(':') {
+        Some((name, group)) => users::lookup_in(name, group),
+        None => users::lookup(&defaults.user),
+    }
+}
+
+/// The user's environment, the image's on top, and the host's additions on top of that.
+fn environment(start: &ExecStart, defaults: &Defaults, user: &User) -> BTreeMap<String, String> {
     let text = |path: &Path| path.to_string_lossy().into_owned();
     let mut environment = BTreeMap::from([
         ("HOME".to_owned(), text(&user.home)),
@@ -84,6 +94,10 @@ fn environment(start: &ExecStart, user: &User) -> BTreeMap<String, String> {
         ("PATH".to_owned(), PATH.to_owned()),
         ("LANG".to_owned(), "C.UTF-8".to_owned()),
     ]);
+    environment.extend(defaults.env.iter().filter_map(|line| {
+        let (name, value) = line.split_once('=')?;
+        (!name.is_empty()).then(|| (name.to_owned(), value.to_owned()))
+    }));
     if start.tty {
         let term = if start.term.is_empty() { "linux" } else { &start.term };
         environment.insert("TERM".to_owned(), term.to_owned());
@@ -93,8 +107,13 @@ fn environment(start: &ExecStart, user: &User) -> BTreeMap<String, String> {
 }
 
 /// Where the command starts. A home that is not there is `/`, as for login(1); a directory asked for must exist.
-fn directory(start: &ExecStart, user: &User) -> Result<PathBuf, ExecFailed> {
+/// Of an image's, which nobody asked for, the same holds.
+fn directory(start: &ExecStart, defaults: &Defaults, user: &User) -> Result<PathBuf, ExecFailed> {
     if start.workdir.is_empty() {
+        let image = user.home.join(&defaults.workdir);
+        if !defaults.workdir.is_empty() && image.is_dir() {
+            return Ok(image);
+        }
         return Ok(if user.home.is_dir() { user.home.clone() } else { "/".into() });
     }
     let directory = user.home.join(&start.workdir);

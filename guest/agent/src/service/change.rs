@@ -71,8 +71,13 @@ impl Guest {
                 .await
                 .map_err(|error| failed("personalise", &error))?;
             let was = identity.replace(request.clone());
-            *self.0.known.lock().unwrap_or_else(PoisonError::into_inner) =
-                Known { personalised: true, template: request.template, address, home: request.home.clone() };
+            *self.0.known.lock().unwrap_or_else(PoisonError::into_inner) = Known {
+                personalised: true,
+                template: request.template,
+                address,
+                home: request.home.clone(),
+                defaults: request.defaults.clone().unwrap_or_default(),
+            };
             if self.0.init.started() {
                 self.leave_for_later(was, &request).await;
             } else {

@@ -1,5 +1,5 @@
-//! Images in from elsewhere. Archives: the caller's own process reads them and sends them here as a request's body; they go on to the image-agent's
-//! ticket socket, whose last frame says which operation began with them. A body that ends too soon never looks whole.
+//! Images in from elsewhere. Archives: the caller's own process reads them and sends them here as a request's body; they go on to the
+//! image-agent's ticket socket, whose last frame says which operation began with them. A body that ends too soon never looks whole.
 
 use super::{
     ApiError, Gateway, Peer,

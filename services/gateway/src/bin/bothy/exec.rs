@@ -55,7 +55,7 @@ impl From<Exec> for Command {
             argv: args.command,
             env: args.env,
             workdir: args.workdir.unwrap_or_default(),
-            user: args.user,
+            user: args.user.unwrap_or_default(),
         }
     }
 }
@@ -119,6 +119,7 @@ pub(crate) async fn exec(
         env: command.env.iter().cloned().collect(),
         workdir: command.workdir.clone(),
         user: command.user.clone(),
+        image_defaults: true,
         tty: command.tty,
         window: if command.tty { window() } else { None },
         term: if command.tty { std::env::var("TERM").unwrap_or_default() } else { String::new() },

@@ -15,7 +15,7 @@ use bothy_contract::{
 };
 use bothy_guest_proto::{
     GuestClient,
-    v1::{File, Nic, PersonaliseReply, PersonaliseRequest},
+    v1::{Defaults, File, Nic, PersonaliseReply, PersonaliseRequest},
 };
 use serde::{Deserialize, Serialize};
 
@@ -129,6 +129,12 @@ async fn tell(
         template: identity.template,
         work_bytes: if identity.template { 0 } else { identity.work_mib << 20 },
         restart_units: Vec::new(),
+        defaults: Some(Defaults {
+            user: boot.defaults.user.clone().unwrap_or_default(),
+            env: boot.defaults.env.clone(),
+            workdir: boot.defaults.working_dir.clone().unwrap_or_default(),
+        })
+        .filter(|defaults| *defaults != Defaults::default()),
     };
     Ok(client.personalise(request).await.map_err(|s| fail("personalise", &s))?.into_inner())
 }

@@ -52,6 +52,7 @@ mod tests {
             home: "/root".into(),
             wait: vec![],
             digest: "d".into(),
+            defaults: Default::default(),
         };
         let choice = |version: &str| Choice {
             driver: Arc::new(QemuMicrovm::new("qemu", version)),

@@ -313,12 +313,12 @@ pub(crate) struct Exec {
     /// Set a variable of the command's environment
     #[arg(long, short, value_name = "KEY=VALUE", value_parser = key_value)]
     pub(crate) env: Vec<(String, String)>,
-    /// The directory to run in [default: the home directory]
+    /// The directory to run in [default: the image's, else the home directory]
     #[arg(long, short, value_name = "DIR")]
     pub(crate) workdir: Option<String>,
-    /// The user to run as
-    #[arg(long, short, default_value = "root")]
-    pub(crate) user: String,
+    /// The user to run as [default: the image's, else root]
+    #[arg(long, short)]
+    pub(crate) user: Option<String>,
     /// Name, id, or a unique prefix of either
     pub(crate) vm: String,
     /// The command and its arguments [default: a shell]
