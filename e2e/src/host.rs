@@ -200,9 +200,15 @@ impl Host {
             .env("BOTHY_CONFIG", self.config.state_dir.join("bothy.toml"))
             .env("XDG_DATA_HOME", self.dir.path().join("home/data"))
             .env("XDG_STATE_HOME", self.dir.path().join("home/state"))
+            .env("XDG_CONFIG_HOME", self.user_config())
             .env("PATH", images::path_with_tools())
             .envs(self.environment.iter().map(|(k, v)| (k, v)));
         command
+    }
+
+    /// Where the configuration of the user is who runs `bothy`.
+    pub fn user_config(&self) -> PathBuf {
+        self.dir.path().join("home/config")
     }
 
     /// Starts `command` inside the host's namespace.

@@ -22,8 +22,38 @@ fn a_vm_that_was_resumed_lives_as_one_that_booted() {
     a_life(host);
 }
 
+const SECRET: &str = "keep-out-of-everything-0815";
+
+/// Has the user's machines get a token, and what it is.
+fn give_token(host: &Host, token: &str) {
+    let dir = host.user_config().join("bothy");
+    fs_err::create_dir_all(&dir).unwrap();
+    fs_err::write(dir.join("token"), token).unwrap();
+    let config = format!(
+        "[[file_sync]]\nhost = \"{0}/token\"\nguest = \"~/.config/tool/token\"\n\n\
+         [[file_sync]]\nhost = \"{0}/none\"\nguest = \"~/none\"\n",
+        dir.display()
+    );
+    fs_err::write(dir.join("config.toml"), config).unwrap();
+}
+
 fn a_life(host: Host) {
-    let vm = host.create("web-1");
+    give_token(&host, SECRET);
+    let created = host.bothy(["vm", "create", "--name", "web-1", "--json"]);
+    assert!(
+        created.stderr.contains("file_sync") && created.stderr.contains("none is not there"),
+        "{created:?}"
+    );
+    let vm = created.json()["vm"].clone();
+    let token = "stat -c '%a %U' /root/.config/tool/token; cat /root/.config/tool/token";
+    assert_eq!(host.sh("web-1", token).ok().stdout, format!("600 root\n{SECRET}"));
+    // Where it is: on the machine's own disks, and nowhere else of the host's.
+    let state = host.config.state_dir.display();
+    let found = host.run_bash(&format!(
+        "grep -rlaF --exclude-dir=disks --exclude-dir=home -e {SECRET} {state} {}",
+        host.config.run_dir.display()
+    ));
+    assert_eq!(found.stdout, "", "{found:?}");
     assert_eq!(vm["state"], "running");
     assert_eq!(vm["name"], "web-1");
 
@@ -53,7 +83,9 @@ fn a_life(host: Host) {
     assert_eq!(refused.status, 125);
     assert!(refused.stderr.contains("vm start"), "says what to do: {}", refused.stderr);
 
+    give_token(&host, "another");
     host.bothy(["vm", "start", "web-1"]).ok();
+    assert_eq!(host.sh("web-1", token).ok().stdout, "600 root\nanother");
     assert_eq!(host.sh("web-1", "cat /root/kept /etc/kept").ok().stdout, "kept\nkept\n");
     assert_ne!(host.sh("web-1", "cat /proc/sys/kernel/random/boot_id").ok().stdout.trim(), first_boot);
     assert!(host.sh("web-1", "ip -4 -o addr show").ok().stdout.contains(&address), "the lease is stable");

@@ -235,11 +235,17 @@ impl guest_server::Guest for Guest {
 
     async fn write_files(&self, request: Request<v1::WriteFilesRequest>) -> Reply<v1::WriteFilesReply> {
         self.ready()?;
-        let files = request.into_inner().files;
+        let v1::WriteFilesRequest { files, below_home } = request.into_inner();
         files::check(&files).map_err(Status::invalid_argument)?;
+        let home = Some(self.known().home).filter(|home| below_home && !home.is_empty());
+        let root = match (below_home, home) {
+            (true, Some(home)) => PathBuf::from(home),
+            (true, None) => return Err(Status::failed_precondition("this machine has no home")),
+            (false, _) => PathBuf::from("/"),
+        };
         blocking("write files", move || {
-            files::write_all(Path::new("/"), &files)?;
-            files::make_durable(Path::new("/"), &files)
+            files::write_all(&root, &files)?;
+            files::make_durable(&root, &files)
         })
         .await?;
         Ok(Response::new(v1::WriteFilesReply {}))

@@ -391,11 +391,14 @@ async fn files_ports_and_forwarding() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("keys/authorized").to_str().unwrap().to_owned();
     let file = v1::File { path: path.clone(), content: b"key\n".to_vec(), mode: 0o600 };
-    agent.write_files(v1::WriteFilesRequest { files: vec![file.clone()] }).await.unwrap();
+    agent.write_files(v1::WriteFilesRequest { files: vec![file.clone()], below_home: false }).await.unwrap();
     assert_eq!(run(sh(&format!("stat -c %a {path}; cat {path}"))).await.stdout, b"600\nkey\n");
     let bad = v1::File { path: "relative".into(), ..file.clone() };
     let other = v1::File { path: format!("{path}.2"), ..file };
-    agent.write_files(v1::WriteFilesRequest { files: vec![other, bad] }).await.unwrap_err();
+    agent
+        .write_files(v1::WriteFilesRequest { files: vec![other, bad], below_home: false })
+        .await
+        .unwrap_err();
     assert!(!std::path::Path::new(&format!("{path}.2")).exists(), "bad input changes nothing");
 
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();

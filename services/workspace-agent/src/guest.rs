@@ -195,7 +195,8 @@ impl Guest for Channel {
     }
 
     async fn write_files(&self, files: Vec<File>) -> Result<(), Error> {
-        let call = async { self.client.clone().write_files(WriteFilesRequest { files }).await };
+        let call =
+            async { self.client.clone().write_files(WriteFilesRequest { files, below_home: false }).await };
         let reply = timeout(STALL, call).await.map_err(|_| stalled("the guest did not write files"))?;
         reply.map(drop).map_err(|s| self.failed("writing files", &s))
     }

@@ -25,6 +25,11 @@ pub(crate) fn data() -> Result<PathBuf, Error> {
     base("XDG_DATA_HOME", ".local/share")
 }
 
+/// What the user has set: `$XDG_CONFIG_HOME/bothy`.
+pub(crate) fn config() -> Result<PathBuf, Error> {
+    base("XDG_CONFIG_HOME", ".config")
+}
+
 /// Patches: `$XDG_STATE_HOME/bothy`.
 pub(crate) fn state() -> Result<PathBuf, Error> {
     base("XDG_STATE_HOME", ".local/state")

@@ -73,7 +73,8 @@ impl Command {
     }
 }
 
-async fn connect(gateway: &Gateway, vm: &str, name: &str) -> Result<GuestClient, Error> {
+/// A connection to the agent of the guest of `vm`, which is called `name`.
+pub(crate) async fn connect(gateway: &Gateway, vm: &str, name: &str) -> Result<GuestClient, Error> {
     let stream = gateway.channel(vm, BULK_PORT).await?;
     bothy_guest_proto::client(stream).await.map_err(|e| {
         let mut error = Error::internal(format!("cannot speak with the guest of {name}"), &e);

@@ -9,6 +9,7 @@ mod cli;
 mod dirs;
 mod doctor;
 mod exec;
+mod file_sync;
 mod host;
 mod http;
 mod image;

@@ -5,7 +5,7 @@ use super::{
     path,
 };
 use crate::{
-    Context, Status, cli,
+    Context, Status, cli, file_sync,
     printer::{Printer, duration},
     progress::{Outcome, Watcher},
     ssh, terminal,
@@ -70,9 +70,11 @@ async fn after(context: &Context, vm: &VmRecord) -> Value {
 
 pub(super) async fn start(context: &Context, which: &cli::Several, force: bool) -> Result<Status, Error> {
     let targets = targets(context, which, |s| matches!(s, VmState::Stopped | VmState::Error)).await?;
+    let files = file_sync::read(context.printer)?;
     let body = StartBody { identity: ssh::identity(context.printer), force };
     many::change(context, targets, async |watcher, vm| {
-        run(context, watcher, vm, (Method::POST, "/start", &body), "ready").await
+        run(context, watcher, vm, (Method::POST, "/start", &body), "ready").await?;
+        files.send(&context.gateway, context.printer, vm).await
     })
     .await
 }
@@ -113,9 +115,11 @@ pub(super) async fn resume(context: &Context, which: &cli::Several, force: bool)
 
 pub(super) async fn restart(context: &Context, which: &cli::Several, grace_ms: u64) -> Result<Status, Error> {
     let targets = targets(context, which, |s| s == VmState::Running).await?;
+    let files = file_sync::read(context.printer)?;
     let body = RestartBody { grace_ms, identity: ssh::identity(context.printer) };
     many::change(context, targets, async |watcher, vm| {
-        run(context, watcher, vm, (Method::POST, "/restart", &body), "ready").await
+        run(context, watcher, vm, (Method::POST, "/restart", &body), "ready").await?;
+        files.send(&context.gateway, context.printer, vm).await
     })
     .await
 }

@@ -13,7 +13,7 @@ pub(crate) use change::delete_quietly;
 pub(crate) use egress::{Allows, denials};
 pub(crate) use many::Failure;
 
-use crate::{Context, Status, cli, exec, printer::duration, progress, ssh};
+use crate::{Context, Status, cli, exec, file_sync, printer::duration, progress, ssh};
 use bothy_contract::{
     Error, VmId,
     net::Publish,
@@ -136,6 +136,8 @@ pub(crate) async fn create(
         identity: ssh::identity(context.printer),
         idle: args.idle.policy()?,
     };
+    // Before anything is begun: what cannot be read is not found out by a machine that lacks it.
+    let files = file_sync::read(context.printer)?;
     let body = CreateBody { spec, force: args.force, cold: args.cold };
     let watcher = Watcher::new(&context.gateway, context.printer, false)?;
     let begun: Begun = watcher.begin(context.gateway.change(Method::POST, "/v1/vms", &body)).await?;
@@ -147,6 +149,7 @@ pub(crate) async fn create(
     })?;
     let vm = show(context, &id.to_string()).await?;
     let printer = context.printer;
+    files.send(&context.gateway, printer, &vm).await?;
     printer.note(format!("{} is ready ({})", vm.name, duration(outcome.took_us)));
     if args.timings {
         printer.note(outcome.table());
