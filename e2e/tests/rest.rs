@@ -94,6 +94,15 @@ fn a_machine_goes_on_after_a_pause_and_after_a_suspend() {
     assert_eq!(stopped["last_exit"]["status"], 0, "it was powered off: {stopped:#}");
     host.bothy(["vm", "start", "a"]).ok();
     host.bothy(["vm", "suspend", "a"]).ok();
+    // Memory that is not what was saved is not gone on with.
+    let agent = host.config.service_dir(Service::Vm).display().to_string();
+    let spoil = "import os,sys,time\nf=sys.argv[1]\nfor _ in range(600):\n  if os.listxattr(f): break\n  time.sleep(.1)\n\
+                 f=open(f,'r+b'); f.seek(20<<20); b=f.read(1); f.seek(20<<20); f.write(bytes([b[0]^1]))";
+    host.run_bash(&format!("python3 -c \"{spoil}\" $(find {agent} -name suspended)")).ok();
+    let refused = host.sh("a", "true");
+    assert!(refused.status != 0 && refused.stderr.contains("not what was saved"), "{refused:?}");
+    assert!(refused.stderr.contains("vm kill"), "says what to do: {refused:?}");
+    state(&host, "a", "suspended");
     host.bothy(["vm", "kill", "a"]).ok();
     state(&host, "a", "stopped");
     host.bothy(["vm", "start", "a"]).ok();

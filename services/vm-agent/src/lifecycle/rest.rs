@@ -104,7 +104,14 @@ async fn save(agent: &Agent, cx: &StageCx, vm: VmId) -> Result<(), Error> {
             row.facts.asleep = Some(asleep);
             Ok(())
         })
-        .await
+        .await?;
+    // Nobody waits for it: what is used before it is written down is not held against it.
+    tokio::task::spawn_blocking(move || {
+        if let Err(error) = to.count() {
+            tracing::warn!(bothy.vm.id = %vm, %error, "whether this memory is whole cannot be told later");
+        }
+    });
+    Ok(())
 }
 
 /// Adds the stages of going on to `g`.
@@ -129,8 +136,11 @@ pub(crate) fn add_resume(g: &mut Graph, agent: &Agent, vm: VmId, input: ResumeIn
                     let (name, shape) = (&input.name, &input.spec.shape);
                     let (boot, lease, rootfs, work) = (&boot, &lease, &disks, &work);
                     let memory = Memory::Own;
-                    launch(&a, &cx, Machine { vm, name, shape, boot, lease, rootfs, work, memory, from })
-                        .await
+                    let machine = Machine { vm, name, shape, boot, lease, rootfs, work, memory, from };
+                    // Side by side: both read the same file, and the guest does not go on before the next stage.
+                    let (up, whole) = tokio::join!(launch(&a, &cx, machine), is_whole(&a, vm));
+                    whole?;
+                    up
                 },
                 move |_| unlaunch(undo.clone(), vm),
             );
@@ -141,6 +151,13 @@ pub(crate) fn add_resume(g: &mut Graph, agent: &Agent, vm: VmId, input: ResumeIn
             add.publish_dns(awake);
         }
     }
+}
+
+/// Whether what `vm` had in memory is still what was saved.
+async fn is_whole(agent: &Agent, vm: VmId) -> Result<(), Error> {
+    let saved = files::asleep(&agent.state_dir(), vm);
+    let checked = tokio::task::spawn_blocking(move || saved.check()).await;
+    checked.map_err(|e| Error::internal("cannot look at a saved guest", &e))?
 }
 
 fn add_go_on(g: &mut Graph, agent: &Agent, vm: VmId, after: impl Inputs) -> Output<()> {
@@ -195,7 +212,12 @@ impl Agent {
                 (VmState::Paused | VmState::Suspended, None) if begun => {
                     let why = row.facts.reason.unwrap_or_default();
                     let name = row.facts.name;
-                    return Err(Error::new(Code::Unavailable, format!("VM {name} does not go on: {why}")));
+                    let hint = format!(
+                        "`bothy vm kill {name}` gives up what it had in memory; its disks stay, and it can be started"
+                    );
+                    return Err(
+                        Error::new(Code::Unavailable, format!("VM {name} does not go on: {why}")).hint(hint)
+                    );
                 }
                 (VmState::Paused | VmState::Suspended, None) => {
                     begun = true;

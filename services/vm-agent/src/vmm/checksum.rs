@@ -82,6 +82,15 @@ pub(super) fn of(file: &fs_err::File) -> io::Result<Checksum> {
     Ok(sum)
 }
 
+/// Writes down what `file` is. Blocks.
+///
+/// # Errors
+/// It cannot be read, or nothing be written beside it.
+pub fn write_down(file: &fs_err::File) -> Result<(), Error> {
+    let done = of(file).and_then(|sum| sum.keep(file));
+    done.map_err(|e| Error::internal("cannot write down a saved guest's checksum", &e))
+}
+
 /// Whether `file` is what was saved, as far as anything was written down of that. Blocks.
 ///
 /// # Errors

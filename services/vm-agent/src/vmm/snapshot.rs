@@ -63,6 +63,37 @@ pub struct Snapshot {
     pub memory: PathBuf,
 }
 
+impl Snapshot {
+    /// Writes down what its files are. Blocks.
+    ///
+    /// # Errors
+    /// They cannot be read, or nothing be written beside them.
+    pub fn count(&self) -> Result<(), Error> {
+        self.files()?.iter().try_for_each(checksum::write_down)
+    }
+
+    /// Whether its files are what was saved, as far as that was written down. Blocks.
+    ///
+    /// # Errors
+    /// They are not (`FailedPrecondition`), or cannot be read.
+    pub fn check(&self) -> Result<(), Error> {
+        self.files()?.iter().try_for_each(checksum::check)
+    }
+
+    /// Those that are there.
+    fn files(&self) -> Result<Vec<fs_err::File>, Error> {
+        let mut files = Vec::new();
+        for path in [&self.state, &self.memory] {
+            match fs_err::File::open(path) {
+                Ok(file) => files.push(file),
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                Err(e) => return Err(Error::internal("cannot read a saved guest", &e)),
+            }
+        }
+        Ok(files)
+    }
+}
+
 /// How much of a guest is saved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
@@ -107,7 +138,7 @@ impl Holder {
         let (to, uid) = (to.clone(), self.uid());
         let keep = move || {
             if what == Save::Devices {
-                // A template has checksums; whoever waits for a guest to be suspended does not wait for one.
+                // Whoever waits for a guest to be suspended does not wait for checksums; see [`Snapshot::count`].
                 state.count()?;
                 if reply.memory_written {
                     memory.count()?;
@@ -391,5 +422,19 @@ mod tests {
         assert_eq!(refused.kind(), io::ErrorKind::PermissionDenied);
         assert!(writer.set_len(0).is_err());
         assert!(SealedMemory::load(&dir.path().join("none")).is_err());
+    }
+
+    #[test]
+    fn a_saved_guest_is_held_against_what_was_written_down() {
+        let dir = tempfile::tempdir().unwrap();
+        let saved = Snapshot { state: dir.path().join("state"), memory: dir.path().join("none") };
+        saved.check().unwrap();
+        fs_err::write(&saved.state, "devices and all").unwrap();
+        saved.check().unwrap();
+        saved.count().unwrap();
+        saved.check().unwrap();
+        let file = fs_err::OpenOptions::new().write(true).open(&saved.state).unwrap();
+        file.file().write_all_at(b"D", 0).unwrap();
+        assert_eq!(saved.check().unwrap_err().code, Code::FailedPrecondition);
     }
 }
