@@ -347,6 +347,11 @@ fn span_name(step: &str) -> &'static str {
         "channel" => "guest.channel",
         "personalise" => "guest.personalise",
         "init" => "guest.init",
+        "entropy" => "guest.entropy",
+        "clock" => "guest.clock",
+        "network" => "guest.network",
+        "name" => "guest.name",
+        "home" => "guest.home",
         _ => "guest.step",
     }
 }
