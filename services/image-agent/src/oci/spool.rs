@@ -23,7 +23,7 @@ use std::{
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tokio::{
     io::{AsyncRead, AsyncWriteExt as _, BufWriter},
@@ -39,6 +39,8 @@ const MAX_BYTES: u64 = 64 << 30;
 const AT_ONCE: usize = 4;
 /// How long nothing may come of an archive.
 const STALL: Duration = Duration::from_secs(60);
+/// How long credentials wait for an operation that was begun with them.
+const UNTAKEN: Duration = Duration::from_mins(10);
 /// How much is written between two looks at what is free.
 const LOOK: u64 = 64 << 20;
 
@@ -48,8 +50,8 @@ pub(crate) struct Intake {
     tickets: Tickets<OpenIntake>,
     dir: PathBuf,
     places: Semaphore,
-    /// Of operations that have not taken them yet.
-    credentials: Mutex<HashMap<String, Option<Credentials>>>,
+    /// Of operations that have not taken them yet, and since when.
+    credentials: Mutex<HashMap<String, (Instant, Option<Credentials>)>>,
 }
 
 impl Intake {
@@ -120,7 +122,7 @@ impl Intake {
                 () = stop.cancelled() => return Err(stopped()),
             };
             let key = TicketId::new().reveal();
-            self.held().insert(key.clone(), credentials);
+            self.hold(key.clone(), credentials);
             let begun = begin(ops, ask, Arrived::Credentials(key.clone())).await;
             // An operation that is another's has its own; one that has begun may have taken them already, and a later step of
             // it does not ask again.
@@ -144,15 +146,24 @@ impl Intake {
         Ok(begun)
     }
 
-    /// What an operation that was begun here asks its registry as. Once.
-    pub(super) fn take_credentials(&self, key: &str) -> Result<Option<Credentials>, Error> {
-        self.held().remove(key).ok_or_else(|| {
-            Error::new(Code::Unavailable, "the image-agent was started anew, and knows no longer who asked")
-                .hint("pull it again")
-        })
+    fn hold(&self, key: String, credentials: Option<Credentials>) {
+        let now = Instant::now();
+        let mut held = self.held();
+        // Those of operations that were stopped before they took them.
+        held.retain(|_, (since, _)| now.duration_since(*since) < UNTAKEN);
+        held.insert(key, (now, credentials));
     }
 
-    fn held(&self) -> MutexGuard<'_, HashMap<String, Option<Credentials>>> {
+    /// What an operation that was begun here asks its registry as. Once.
+    pub(super) fn take_credentials(&self, key: &str) -> Result<Option<Credentials>, Error> {
+        let (_, credentials) = self.held().remove(key).ok_or_else(|| {
+            Error::new(Code::Unavailable, "the image-agent was started anew, and knows no longer who asked")
+                .hint("pull it again")
+        })?;
+        Ok(credentials)
+    }
+
+    fn held(&self) -> MutexGuard<'_, HashMap<String, (Instant, Option<Credentials>)>> {
         self.credentials.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
