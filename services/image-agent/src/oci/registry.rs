@@ -4,6 +4,7 @@
 use super::{Contents, LayerAt, blobs::Blobs, config, room};
 use crate::{
     build::Stage,
+    digest::{self, Beat},
     fault::{self, blocking},
 };
 use bothy_contract::{Code, Error, error::chain, intake::Credentials};
@@ -67,9 +68,6 @@ pub(super) fn parse(reference: &str) -> Result<Reference, Error> {
     }
     Ok(parsed)
 }
-
-/// Hears of bytes that came, and says whether to stop.
-type Beat<'a> = &'a (dyn Fn(u64) -> Result<(), Error> + Send + Sync);
 
 /// One image, on its way.
 pub(super) struct Pull {
@@ -319,14 +317,10 @@ impl Pull {
 
     /// Whether what came is what was asked for. What is not is not gone on with.
     async fn check(&self, sha256: &str, part: PathBuf) -> Result<(), Error> {
-        let expected = sha256.to_owned();
+        let (expected, cancel) = (sha256.to_owned(), self.with.cancel.clone());
         let found = blocking(move || {
-            let read = || -> io::Result<String> {
-                let mut hash = Sha256::new();
-                io::copy(&mut fs_err::File::open(&part)?, &mut HashWriter(&mut hash))?;
-                Ok(hex::encode(hash.finalize()))
-            };
-            let found = read().map_err(|e| fault::io("cannot read a layer", &e))?;
+            let beat = |_| if cancel.is_cancelled() { Err(stopped()) } else { Ok(()) };
+            let found = digest::of_file(&part, &beat)?;
             if found != expected {
                 fs_err::remove_file(&part).map_err(|e| fault::io("cannot remove a layer", &e))?;
             }
@@ -429,19 +423,6 @@ fn is_loopback(registry: &str) -> bool {
     };
     let host = host.trim_start_matches('[').trim_end_matches(']');
     host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
-}
-
-struct HashWriter<'a>(&'a mut Sha256);
-
-impl io::Write for HashWriter<'_> {
-    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        self.0.update(data);
-        Ok(data.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }
 
 #[cfg(test)]
