@@ -133,7 +133,7 @@ fn an_image_is_pulled_once_gone_on_with_and_refused_where_it_was_altered() {
     // Two at once for the same are one.
     let bothy = host.program("bothy").display().to_string();
     let pull = format!("{bothy} image pull {tiny} --name both --json");
-    let both = host.run_bash(&format!("{pull} & {pull}; wait -n"));
+    let both = host.run_bash(&format!("{pull} & {pull}; wait"));
     let ops: Vec<serde_json::Value> =
         serde_json::Deserializer::from_str(&both.stdout).into_iter().map(Result::unwrap).collect();
     // The second may have come when the first was done, and then was told so.

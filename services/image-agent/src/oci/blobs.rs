@@ -15,7 +15,7 @@ use std::{
 };
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
-/// What they may take together once nothing is fetched any more.
+/// What they may take together, also those that broke off, once a pull has ended.
 const KEPT: u64 = 8 << 30;
 /// How the name of one ends that is not whole.
 const PART: &str = "part";
@@ -33,10 +33,11 @@ impl Blobs {
         Self { dir, fetching: Default::default() }
     }
 
-    /// Makes the directory if it is not there, and it private.
+    /// Makes the directory if it is not there, it private, and what an earlier process left small enough.
     pub(crate) fn prepare(&self) -> Result<(), Error> {
         fs::create_dir_all(&self.dir)
             .and_then(|()| fs::set_permissions(&self.dir, std::fs::Permissions::from_mode(0o700)))
+            .and_then(|()| self.trim())
             .map_err(|e| fault::io("cannot make the blobs' directory", &e))
     }
 
@@ -63,7 +64,12 @@ impl Blobs {
     /// Gives a blob the name `to` as well, where it is there, and says whether.
     pub(super) fn link(&self, sha256: &str, to: &Path) -> io::Result<bool> {
         let blob = self.dir.join(sha256);
-        match fs::hard_link(&blob, to) {
+        let linked = match fs::hard_link(&blob, to) {
+            // The images may be on a file system of their own.
+            Err(e) if e.kind() == io::ErrorKind::CrossesDevices => fs::copy(&blob, to).map(drop),
+            linked => linked,
+        };
+        match linked {
             Ok(()) => {
                 // It was wanted now.
                 fs::File::open(&blob)?.file().set_modified(SystemTime::now())?;

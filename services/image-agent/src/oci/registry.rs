@@ -109,6 +109,15 @@ impl Pull {
 
     /// Brings all of it into `dir`.
     pub(super) async fn contents(&self, dir: &Path) -> Result<Contents, Error> {
+        let taken = self.take(dir).await;
+        // What broke off is kept for the next pull, and counts as well.
+        if let Err(error) = self.blobs.trim() {
+            tracing::warn!(%error, "cannot look after the blobs of registries");
+        }
+        taken
+    }
+
+    async fn take(&self, dir: &Path) -> Result<Contents, Error> {
         (self.with.progress)(0, None, "asking the registry");
         let mut text = self.manifest(&self.reference).await?;
         if let Some(digest) = self.reference.digest() {
@@ -146,9 +155,6 @@ impl Pull {
             fetches.push(self.layer(layer, diff_id, dir.join(format!("layer-{n}")), &beat));
         }
         let layers: Vec<LayerAt> = futures::stream::iter(fetches).buffered(AT_ONCE).try_collect().await?;
-        if let Err(error) = self.blobs.trim() {
-            tracing::warn!(%error, "cannot look after the blobs of registries");
-        }
         Ok(Contents { layers, defaults, digest: Some(digest) })
     }
 
@@ -165,12 +171,7 @@ impl Pull {
     }
 
     async fn manifest(&self, of: &Reference) -> Result<Vec<u8>, Error> {
-        let asked = timeout(DOCUMENT, self.client.pull_manifest_raw(of, &self.auth, &MANIFESTS));
-        let asked = tokio::select! {
-            asked = asked => asked,
-            () = self.with.cancel.cancelled() => return Err(stopped()),
-        };
-        let (text, _) = asked.map_err(|_| self.slow())?.map_err(|e| self.refused(e))?;
+        let (text, _) = self.answer(self.client.pull_manifest_raw(of, &self.auth, &MANIFESTS)).await?;
         if text.len() as u64 > config::MAX_DOCUMENT {
             let large = format!(
                 "the manifest of {} is larger than {} MiB",
@@ -211,7 +212,7 @@ impl Pull {
             );
             return Err(Error::new(Code::ResourceExhausted, large));
         }
-        let _alone = self.blobs.alone(sha256).await;
+        let _alone = self.unless_stopped(self.blobs.alone(sha256)).await?;
         let failed = |e: io::Error| fault::io("cannot keep a layer", &e);
         if !self.blobs.link(sha256, to).map_err(failed)? {
             let part = self.blobs.part(sha256);
@@ -222,7 +223,7 @@ impl Pull {
                     return Err(e);
                 }
                 tracing::info!(error = %e, "a layer is gone on with");
-                tokio::time::sleep(PAUSE * tries).await;
+                self.unless_stopped(tokio::time::sleep(PAUSE * tries)).await?;
                 tries += 1;
             }
             self.check(sha256, part).await?;
@@ -309,10 +310,12 @@ impl Pull {
         &self,
         asked: impl Future<Output = Result<T, OciDistributionError>>,
     ) -> Result<T, Error> {
-        tokio::select! {
-            answer = timeout(DOCUMENT, asked) => answer.map_err(|_| self.slow())?.map_err(|e| self.refused(e)),
-            () = self.with.cancel.cancelled() => Err(stopped()),
-        }
+        let answer = self.unless_stopped(timeout(DOCUMENT, asked)).await?;
+        answer.map_err(|_| self.slow())?.map_err(|e| self.refused(e))
+    }
+
+    async fn unless_stopped<T>(&self, work: impl Future<Output = T>) -> Result<T, Error> {
+        self.with.cancel.run_until_cancelled(work).await.ok_or_else(stopped)
     }
 
     /// Whether what came is what was asked for. What is not is not gone on with.
