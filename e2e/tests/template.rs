@@ -254,5 +254,15 @@ fn a_crash_while_one_is_made_leaves_nothing() {
     host.take_for_granted();
     assert!(create(&host, "a", &[]).contains("its guest was resumed"));
     host.bothy(["vm", "delete", "--force", "a"]).ok();
+
+    // Nor does an image that goes leave its template: the next agent finds it of no use.
+    host.bothy(["image", "rm", "debian"]).ok();
+    host.kill_service(Service::Vm);
+    let begun = Instant::now();
+    let left = || host.bothy(["image", "templates", "--json"]);
+    while left().status != 0 || !files(&host).is_empty() || !templates(&host).is_empty() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "it stays: {:?}\n{}", left(), host.logs());
+        std::thread::sleep(Duration::from_millis(100));
+    }
     host.finish();
 }

@@ -64,6 +64,10 @@ const CALM: Duration = Duration::from_secs(3);
 const ASIDE: SignedDuration = SignedDuration::from_hours(1);
 /// How long the memory of a template that nobody uses is kept at hand, and how often that is looked at.
 const AT_HAND: (Duration, Duration) = (Duration::from_mins(10), Duration::from_mins(1));
+/// How often it is looked for templates that no create finds any more.
+const COLLECT: Duration = Duration::from_mins(10);
+/// How long one of those is kept that may be found again, by a host that is as it was.
+const STALE: SignedDuration = SignedDuration::from_hours(1);
 /// The pause before a sweep that failed is tried again.
 const PAUSE: Duration = Duration::from_secs(5);
 /// The longest reason that is kept of why one was set aside, in characters.
@@ -149,6 +153,8 @@ pub(crate) async fn run(agent: Agent, ops: Ops) {
         tokio::time::sleep(PAUSE).await;
     }
     let mut tidy = tokio::time::interval(AT_HAND.1);
+    let mut collect = tokio::time::interval(COLLECT);
+    collect.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             want = queue.recv() => match want {
@@ -156,6 +162,9 @@ pub(crate) async fn run(agent: Agent, ops: Ops) {
                 None => return,
             },
             _ = tidy.tick() => agent.templates.let_go(None),
+            _ = collect.tick() => if let Err(error) = agent.collect_templates().await {
+                tracing::info!(%error, "templates that are of no use may stay for a while");
+            },
         }
     }
 }
@@ -312,6 +321,31 @@ impl Agent {
         if let Err(error) = swept.await {
             tracing::warn!(%template, %error, "something of a template that was set aside stays for a while");
         }
+    }
+
+    /// Removes the templates that no create finds any more: of an image that is gone at once, those of another image or VMM
+    /// under the same names when they have been of no use for a while.
+    async fn collect_templates(&self) -> Result<(), Error> {
+        let mut gone = Vec::new();
+        for (of, template) in self.db.read(store::all).await? {
+            let image = ImageRef { image: template.image };
+            let found = match self.bus.call::<ImageResolve>(&image).await {
+                Ok(boot) => Some(key(&boot, self.choice(&boot).await?, self.tsc_khz, &template.shape)),
+                Err(error) if error.code == Code::NotFound => None,
+                Err(error) => return Err(error),
+            };
+            let last = template.used.unwrap_or(template.created);
+            let stale = Timestamp::now().duration_since(last) > STALE;
+            if found.is_none_or(|found| found != of && stale) {
+                tracing::info!(template = %template.id, image = %image.image, "no create finds it any more");
+                gone.push(template.id);
+            }
+        }
+        if gone.is_empty() {
+            return Ok(());
+        }
+        self.db.write(move |tx| gone.into_iter().try_for_each(|id| store::remove(tx, id))).await?;
+        self.sweep_templates().await
     }
 
     /// Removes the files and disks of what is no template, nor is being made into one.
