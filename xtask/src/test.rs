@@ -71,9 +71,12 @@ pub(crate) fn run(filter: Option<&str>) -> Result<(), Failure> {
     }
 }
 
-/// Cargo, the one that runs this program.
+/// Cargo, the one that runs this program. What a script runs in its background has SIGINT and SIGQUIT ignored (POSIX shell
+/// language, 2.11), which every process hands on: tests that send them would wait for ever.
 pub(crate) fn cargo(args: &[&str]) -> Command {
-    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let mut command = Command::new("env");
+    command.arg("--default-signal=INT,QUIT");
+    command.arg(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(root()).args(args);
     command
 }
