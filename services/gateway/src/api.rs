@@ -6,16 +6,17 @@
 
 use bothy_config::Config;
 use bothy_contract::{
-    Code, Error, KernelName, Service,
+    Code, Error, GroupName, KernelName, Service,
     catalogue::KernelSource,
     image::{ImageManifest, InitStyle, WaitService},
     intake::Credentials,
     net::{Egress, NetHost, Publish},
+    net_group::check_groups,
     vm::{Idle, Shape, VmHost, VmRecord, VmSpec},
     workspace::Identity,
 };
 use serde::{Deserialize, Serialize};
-use std::{fmt::Write as _, path::PathBuf};
+use std::{collections::BTreeSet, fmt::Write as _, path::PathBuf};
 
 /// The version of this API, as `GET /v1/version` gives it.
 pub const API_VERSION: u32 = 1;
@@ -267,6 +268,9 @@ pub struct SetBody {
     /// All ports of the guest that the host answers for, at once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub publish: Option<Vec<Publish>>,
+    /// All groups that it is in, at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub groups: Option<BTreeSet<GroupName>>,
     /// What happens when nobody uses it, at once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub idle: Option<Idle>,
@@ -288,14 +292,16 @@ impl SetBody {
     /// When it cannot.
     pub fn check(&self, vm: &VmRecord) -> Result<(), Error> {
         if *self == Self::default() {
-            return Err(Error::invalid("there is nothing to change")
-                .hint("name one of cpus, memory, work disk, system disk, nat, egress, publish and idle"));
+            return Err(Error::invalid("there is nothing to change").hint(
+                "name one of cpus, memory, work disk, system disk, nat, egress, publish, groups and idle",
+            ));
         }
         if self.nat.is_some() && self.egress.is_some() {
             return Err(Error::invalid("`nat` and `egress` say the same thing").hint("give one of them"));
         }
         self.egress.clone().map(Egress::checked).transpose()?;
         Publish::check(self.publish.as_deref().unwrap_or_default())?;
+        self.groups.as_ref().map_or(Ok(()), check_groups)?;
         self.idle.map_or(Ok(()), |idle| idle.check())?;
         let has = &vm.shape;
         let shape = Shape {

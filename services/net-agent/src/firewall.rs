@@ -5,6 +5,7 @@
 //! covers; the kernel knows until when. A new agent takes over the addresses that it finds in the kernel, and their names
 //! from the lease table; one whose name is not there ends with the next change of the policy.
 
+pub mod groups;
 pub mod listing;
 
 use crate::{
@@ -74,6 +75,7 @@ impl Policy {
 struct Wanted {
     slots: BTreeSet<u32>,
     policies: BTreeMap<u32, Policy>,
+    peers: BTreeSet<(u32, u32)>,
     uplinks: BTreeSet<String>,
     uplinks6: BTreeSet<String>,
     guard6: bool,
@@ -85,6 +87,7 @@ impl Wanted {
         State {
             slots: self.slots.clone(),
             gates: self.policies.iter().map(|(n, p)| (*n, p.gate())).collect(),
+            peers: self.peers.clone(),
             uplinks: self.uplinks.clone(),
             uplinks6: self.uplinks6.clone(),
             guard6: self.guard6,
@@ -101,11 +104,12 @@ impl Firewall {
     }
 
     /// Replaces our tables, or makes them, for the slots of leases and what they may reach. Addresses that slots under
-    /// `allow` had stay, as the `granted` names.
+    /// `allow` had stay, as the `granted` names. `peers` reach each other.
     pub async fn start(
         &self,
         held: &BTreeMap<u32, Egress>,
         granted: &Granted,
+        peers: BTreeSet<(u32, u32)>,
         (uplinks, uplinks6): (BTreeSet<String>, BTreeSet<String>),
         guard6: bool,
     ) -> Result<(), Error> {
@@ -128,6 +132,7 @@ impl Firewall {
         let new = Wanted {
             policies: policies.collect(),
             slots: held.keys().copied().collect(),
+            peers,
             uplinks,
             uplinks6,
             guard6,
@@ -149,9 +154,10 @@ impl Firewall {
         self.change(plan).await
     }
 
-    /// This slot may not send any more, and reaches nothing.
+    /// This slot may not send any more, and reaches nobody.
     pub async fn remove_slot(&self, slot: u32) -> Result<(), Error> {
         self.set_egress(slot, &Egress::None).await?;
+        self.set_peers(slot, &BTreeSet::new()).await?;
         self.change(|wanted| wanted.slots.remove(&slot).then(|| Change::RemoveSlots([slot].into()))).await
     }
 

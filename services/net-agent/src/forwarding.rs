@@ -1,4 +1,4 @@
-//! IPv4 forwarding (for IPv6 see [`crate::forwarding6`]), by interface and only as far as NAT needs it.
+//! IPv4 forwarding (for IPv6 see [`crate::forwarding6`]), by interface and only as far as NAT and groups need it.
 //!
 //! The kernel forwards a packet where forwarding is on for the link that the packet *came in* by: the bridge for what
 //! guests send, the uplinks for the answers. So that the host does not become a router for everybody else on those
@@ -62,6 +62,19 @@ pub async fn enable(plan: &Plan, links: &Links, leases: &Leases, firewall: &Fire
         write(&forwarding(&plan.bridge), "1")?;
     }
     Ok(())
+}
+
+/// Lets the bridge stand in for guests in ARP, at once, and forward between them: its ports do not see each other. All of it
+/// goes with the bridge.
+pub fn between(bridge: &str) -> Result<(), Error> {
+    ensure(&format!("ipv4/neigh/{bridge}/proxy_delay"), "0")?;
+    ensure(&format!("ipv4/conf/{bridge}/proxy_arp_pvlan"), "1")?;
+    ensure(&forwarding(bridge), "1")
+}
+
+/// Makes a setting that; one that there is not on this kernel is fine.
+pub(crate) fn ensure(setting: &str, value: &str) -> Result<(), Error> {
+    if read(setting)?.is_some_and(|now| now != value) { write(setting, value) } else { Ok(()) }
 }
 
 /// Which links are forwarding on our account. Where the whole host forwards IPv4 by now, none is: the guard goes, and so

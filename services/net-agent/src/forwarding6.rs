@@ -1,4 +1,4 @@
-//! IPv6 forwarding, as far as guests with a way out need it.
+//! IPv6 forwarding, as far as guests with a way out, or with each other in a group, need it.
 //!
 //! Newer kernels (6.17) have `force_forwarding` for one link, as IPv4 has; it is turned on for the bridge and the uplinks, and
 //! the firewall forwards nothing from those uplinks but to the bridge. Older ones forward in IPv6 by the setting of the
@@ -9,7 +9,7 @@
 
 use crate::{
     firewall::Firewall,
-    forwarding::{read, write},
+    forwarding::{ensure, read, write},
     leases::{Leases, Setting},
     link::Links,
     plan::Plan,
@@ -25,13 +25,42 @@ pub async fn enable(plan: &Plan, links: &Links, leases: &Leases, firewall: &Fire
         return Ok(());
     }
     let uplinks = links.uplinks6(&plan.bridge).await?;
-    if uplinks.is_empty() || read(ALL)?.is_none_or(|value| value == "1") {
+    if uplinks.is_empty() {
+        return Ok(());
+    }
+    forward(plan, links, leases, firewall, &uplinks).await
+}
+
+/// Lets the bridge stand in for guests in neighbour discovery, at once, and the host forward between them, whether it has a
+/// way out itself or not.
+pub async fn between(plan: &Plan, links: &Links, leases: &Leases, firewall: &Firewall) -> Result<(), Error> {
+    if plan.prefix6.is_none() {
+        return Ok(());
+    }
+    forward(plan, links, leases, firewall, &BTreeSet::new()).await?;
+    // These go with the bridge. Without its own `forwarding` the kernel answers for nobody there, whatever the host's is
+    // (ndisc_recv_ns of net/ipv6/ndisc.c).
+    let bridge = &plan.bridge;
+    ensure(&format!("ipv6/neigh/{bridge}/proxy_delay"), "0")?;
+    ensure(&format!("ipv6/conf/{bridge}/forwarding"), "1")?;
+    ensure(&format!("ipv6/conf/{bridge}/proxy_ndp"), "1")
+}
+
+/// Turns forwarding on between the bridge, its guests and `uplinks`, where it is not on.
+async fn forward(
+    plan: &Plan,
+    links: &Links,
+    leases: &Leases,
+    firewall: &Firewall,
+    uplinks: &BTreeSet<String>,
+) -> Result<(), Error> {
+    if read(ALL)?.is_none_or(|value| value == "1") {
         return Ok(());
     }
     let forced = |link: &str| format!("ipv6/conf/{link}/force_forwarding");
     if read(&forced(&plan.bridge))?.is_some() {
         let mut ours = uplinks_of(leases).await?;
-        for uplink in &uplinks {
+        for uplink in uplinks {
             if read(&forced(uplink))?.is_some_and(|value| value == "0") {
                 ours.insert(uplink.clone());
                 note(leases, forced(uplink), "0", "1").await?;
@@ -41,10 +70,7 @@ pub async fn enable(plan: &Plan, links: &Links, leases: &Leases, firewall: &Fire
             }
         }
         // The bridge's goes with the bridge.
-        if read(&forced(&plan.bridge))?.is_some_and(|value| value == "0") {
-            write(&forced(&plan.bridge), "1")?;
-        }
-        return Ok(());
+        return ensure(&forced(&plan.bridge), "1");
     }
     for (name, _) in links.list().await? {
         let setting = format!("ipv6/conf/{name}/accept_ra");

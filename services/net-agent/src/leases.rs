@@ -7,6 +7,7 @@ use crate::{
 use bothy_contract::{
     Code, Error, VmId, VmName,
     net::{Egress, Publish},
+    net_group::Membership,
 };
 use bothy_db::{
     Db,
@@ -50,6 +51,9 @@ const MIGRATIONS: &[&str] = &[
         PRIMARY KEY (slot, address, name)
     ) STRICT;
 ",
+    r#"
+    ALTER TABLE lease ADD COLUMN membership TEXT NOT NULL DEFAULT '{"owner":0,"names":[]}';
+"#,
 ];
 
 /// A lease as it is stored.
@@ -61,8 +65,17 @@ pub struct Held {
     pub egress: Egress,
     /// Its published ports.
     pub publish: Vec<Publish>,
+    /// The groups it is in.
+    pub groups: Membership,
     /// The name it is known by.
     pub name: Option<VmName>,
+}
+
+impl Held {
+    /// A lease that is nothing but its slot.
+    pub fn new(slot: u32) -> Self {
+        Self { slot, egress: Egress::None, publish: Vec::new(), groups: Membership::default(), name: None }
+    }
 }
 
 /// A setting of the kernel that we changed.
@@ -95,10 +108,11 @@ impl Leases {
         let rows = self
             .0
             .read(|conn| {
-                let mut query =
-                    conn.prepare("SELECT vm, slot, address, uid, egress, publish, name FROM lease")?;
+                let mut query = conn
+                    .prepare("SELECT vm, slot, address, uid, egress, publish, name, membership FROM lease")?;
                 let rows = query.query_map([], |row| {
-                    let kept: (String, String, Option<String>) = (row.get(4)?, row.get(5)?, row.get(6)?);
+                    let kept: (String, String, Option<String>, String) =
+                        (row.get(4)?, row.get(5)?, row.get(6)?, row.get(7)?);
                     let place: (String, u32, String, u32) =
                         (row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?);
                     Ok((place, kept))
@@ -107,11 +121,12 @@ impl Leases {
             })
             .await?;
         let mut leases = BTreeMap::new();
-        for ((vm, slot, address, uid), (egress, publish, name)) in rows {
+        for ((vm, slot, address, uid), (egress, publish, name, groups)) in rows {
             let bad = || format!("lease of slot {slot}, VM `{vm}`");
             let id: VmId = vm.parse().map_err(|e| Error::internal(bad(), &e))?;
             let egress = serde_json::from_str(&egress).map_err(|e| Error::internal(bad(), &e))?;
             let publish = serde_json::from_str(&publish).map_err(|e| Error::internal(bad(), &e))?;
+            let groups = serde_json::from_str(&groups).map_err(|e| Error::internal(bad(), &e))?;
             let name = name.map(|n| n.parse()).transpose().map_err(|e| Error::internal(bad(), &e))?;
             if plan.slot(slot).is_none_or(|s| s.address.to_string() != address || s.uid != uid) {
                 return Err(Error::new(
@@ -125,7 +140,7 @@ impl Leases {
                 )
                 .hint("put net.subnet, net.prefix and vm.uid_base back, delete the VMs, then change them"));
             }
-            leases.insert(id, Held { slot, egress, publish, name });
+            leases.insert(id, Held { slot, egress, publish, groups, name });
         }
         Ok(leases)
     }
@@ -168,6 +183,17 @@ impl Leases {
         let text = json(&publish)?;
         let update = move |conn: &Connection| {
             conn.prepare_cached("UPDATE lease SET publish = ? WHERE vm = ?")?
+                .execute(params![text, vm.to_string()])?;
+            Ok(())
+        };
+        Ok(self.0.read(update).await?)
+    }
+
+    /// Changes the groups that a lease's VM is in.
+    pub async fn set_groups(&self, vm: VmId, groups: &Membership) -> Result<(), Error> {
+        let text = json(groups)?;
+        let update = move |conn: &Connection| {
+            conn.prepare_cached("UPDATE lease SET membership = ? WHERE vm = ?")?
                 .execute(params![text, vm.to_string()])?;
             Ok(())
         };

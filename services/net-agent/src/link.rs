@@ -11,7 +11,7 @@ use rtnetlink::packet_route::{
         BridgeStpState, InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoTun, LinkAttribute, LinkFlags,
         LinkInfo, LinkMessage,
     },
-    neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
+    neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState},
     route::{RouteAddress, RouteAttribute, RouteMessage, RouteType},
 };
 use rtnetlink::{Handle, LinkBridge, LinkBridgePort, LinkUnspec, RouteMessageBuilder};
@@ -166,7 +166,8 @@ impl Links {
         Ok(link.index)
     }
 
-    /// Gives the bridge fixed neighbour entries for a slot. So the host never asks a guest who it is, and nothing that a
+    /// Gives the bridge fixed neighbour entries for a slot, and one to answer for it in IPv6 neighbour discovery, where the
+    /// bridge may: guests see the host alone (for IPv4, one setting says so for all). So the host never asks a guest who it is, and nothing that a
     /// guest says in ARP or neighbour discovery changes where the host sends packets.
     pub async fn fix_neighbours(&self, plan: &Plan, slot: &Slot, bridge: u32) -> Result<(), Error> {
         for address in neighbours_of(plan, slot) {
@@ -174,13 +175,21 @@ impl Links {
             let done = add.state(NeighbourState::Permanent).replace().execute().await;
             done.map_err(|e| failed(format!("fix the neighbour entry of {address}"), &e))?;
         }
+        if let Some(address) = plan.address6(slot.number) {
+            let add = self.handle.neighbours().add(bridge, address.into()).flags(NeighbourFlags::Proxy);
+            let done = add.replace().execute().await;
+            done.map_err(|e| failed(format!("make the proxy entry of {address}"), &e))?;
+        }
         Ok(())
     }
 
     /// Takes them back. What is not there is fine.
     pub async fn forget_neighbours(&self, plan: &Plan, slot: &Slot, bridge: u32) -> Result<(), Error> {
-        for address in neighbours_of(plan, slot) {
+        let plain = neighbours_of(plan, slot).map(|address| (address, NeighbourFlags::empty()));
+        let proxy = plan.address6(slot.number).map(|address| (address.into(), NeighbourFlags::Proxy));
+        for (address, flags) in plain.chain(proxy) {
             let mut message = NeighbourMessage::default();
+            message.header.flags = flags;
             message.header.family =
                 if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
             message.header.ifindex = bridge;
@@ -209,6 +218,31 @@ impl Links {
         let fixed =
             |m: &&NeighbourMessage| m.header.ifindex == link && m.header.state == NeighbourState::Permanent;
         Ok(all.iter().filter(fixed).filter_map(read_neighbour).collect())
+    }
+
+    /// The addresses for which a link answers in their stead.
+    pub async fn proxied_neighbours(&self, link: u32) -> Result<BTreeSet<IpAddr>, Error> {
+        let _alone = self.dump.lock().await;
+        let all: Vec<NeighbourMessage> = self
+            .handle
+            .neighbours()
+            .get()
+            .set_address_family(AddressFamily::Inet6)
+            .proxies()
+            .execute()
+            .try_collect()
+            .await
+            .map_err(|e| failed("list the proxy entries", &e))?;
+        let address = |m: &NeighbourMessage| {
+            m.attributes.iter().find_map(|attribute| match attribute {
+                NeighbourAttribute::Destination(NeighbourAddress::Inet6(a)) => Some(IpAddr::from(*a)),
+                _ => None,
+            })
+        };
+        let ours = |m: &&NeighbourMessage| {
+            m.header.ifindex == link && m.header.flags.contains(NeighbourFlags::Proxy)
+        };
+        Ok(all.iter().filter(ours).filter_map(address).collect())
     }
 
     /// Makes the TAP an isolated port of the bridge, then brings it up: it never forwards a frame unisolated.

@@ -7,10 +7,12 @@
 //! nobody has it open, or is removed.
 //!
 //! **Locks**, in the order they are taken: `gate` (shared by all changes, exclusive for repairs and teardown), one per VM,
-//! then, inside, the firewall's. `slots` and `vms` are held for a few instructions only, never across an await.
+//! then `grouping`, then, inside, the
+//! firewall's. `slots` and `vms` are held for a few instructions only, never across an await.
 
 mod chosen;
 pub mod egress;
+pub mod groups;
 pub mod upkeep;
 
 use crate::leases::Held;
@@ -22,6 +24,7 @@ use bothy_config::Config;
 use bothy_contract::{
     Code, Error, Service, VmId, VmName,
     net::{AcquireLease, Egress, Lease, LeaseList, LeaseRow, NetHost, Publish},
+    net_group::Membership,
 };
 use egress::Denials;
 use std::{
@@ -60,6 +63,8 @@ struct Inner {
     gate: RwLock<bool>,
     /// Held by whoever fills the pool: one refill at a time.
     refilling: AsyncMutex<()>,
+    /// Held by whoever changes who is in which group.
+    grouping: AsyncMutex<()>,
     wanted: Notify,
     publisher: Publisher,
     /// The VMs' names, for the name server.
@@ -90,7 +95,8 @@ impl Network {
         let uplinks = leases.forwarding().await?.into_iter().collect();
         let uplinks = (uplinks, forwarding6::uplinks_of(&leases).await?);
         let guard6 = forwarding6::is_guarded(&leases).await?;
-        devices.firewall.start(&policies, &leases.granted().await?, uplinks, guard6).await?;
+        let (granted, peers) = (leases.granted().await?, groups::pairs(&vms));
+        devices.firewall.start(&policies, &granted, peers, uplinks, guard6).await?;
         forwarding::refresh(&leases, &devices.firewall).await?;
         let bridge = devices.bridge().await?;
         let warm = upkeep::adopt(&devices, &held, bridge).await?;
@@ -103,6 +109,7 @@ impl Network {
             vm_locks: std::iter::repeat_with(AsyncMutex::default).take(VM_LOCKS).collect(),
             gate: RwLock::new(true),
             refilling: AsyncMutex::default(),
+            grouping: AsyncMutex::default(),
             wanted: Notify::new(),
             publisher: Publisher::default(),
             zone: Arc::new(zone),
@@ -113,9 +120,7 @@ impl Network {
             leases,
         };
         let network = Self(Arc::new(inner));
-        if network.0.anybody_goes_out() {
-            network.0.enable_forwarding().await?;
-        }
+        network.0.keep_forwarding().await?;
         network.0.restore_ports();
         network.refill().await;
         Ok(network)
@@ -183,8 +188,8 @@ impl Network {
         let vms = self.locked_vms().clone();
         let row = |(vm, held): (VmId, Held)| {
             let lease = self.0.lease(&held).ok()?;
-            let Held { egress, publish, name, .. } = held;
-            Some(LeaseRow { vm, lease, nat: egress == Egress::Open, egress, publish, name })
+            let Held { slot: _, egress, publish, groups, name } = held;
+            Some(LeaseRow { vm, lease, nat: egress == Egress::Open, egress, publish, groups, name })
         };
         let mut leases: Vec<LeaseRow> = vms.into_iter().filter_map(row).collect();
         leases.sort_by_key(|row| row.lease.slot);
@@ -264,6 +269,9 @@ impl Inner {
             if let Some(ports) = request.publish {
                 self.apply_publish(vm, &held, &ports).await?;
             }
+            if let Some(groups) = request.groups {
+                self.apply_groups(vm, &held, &groups).await?;
+            }
             self.apply_egress(vm, &held, &egress).await?;
             held.egress = egress;
             return self.lease(&held);
@@ -273,7 +281,7 @@ impl Inner {
             None => self.make_for_vm().await?,
         };
         self.wanted.notify_one();
-        let mut held = Held { slot: number, egress: Egress::None, publish: Vec::new(), name: None };
+        let mut held = Held::new(number);
         let given = async {
             let slot = self
                 .plan
@@ -284,12 +292,18 @@ impl Inner {
             if let Some(ports) = request.publish {
                 self.apply_publish(vm, &held, &ports).await?;
             }
+            if let Some(groups) = request.groups {
+                self.apply_groups(vm, &held, &groups).await?;
+            }
             self.apply_egress(vm, &held, &egress).await
         };
         if let Err(e) = given.await {
             self.publisher.clear(number);
             let undone = async {
                 self.devices.firewall.set_egress(number, &Egress::None).await?;
+                if let Ok(now) = self.held(vm) {
+                    self.apply_groups(vm, &now, &Membership::default()).await?;
+                }
                 self.leases.delete(vm).await
             };
             if let Err(undo) = undone.await {
@@ -340,6 +354,7 @@ impl Inner {
         let Some(held) = known else { return Ok(()) };
         self.publisher.clear(held.slot);
         self.zone.set(held.slot, None);
+        self.apply_groups(vm, &held, &Membership::default()).await?;
         self.apply_egress(vm, &held, &Egress::None).await?;
         self.devices.remove(held.slot).await?;
         self.devices.firewall.forget_counts(held.slot).await?;

@@ -9,13 +9,17 @@
 //!   TAP are dropped, too, should the isolation of the ports ever be off. TAPs are matched by prefix, so one whose slot is
 //!   in no set sends nothing at all.
 //! - `inet`: where a guest's packets may *go*. Not to the host (only answers to what the host began, questions to the DNS
-//!   server, as many as one may ask, and neighbour discovery), not to other guests by way of the host, not to link-local,
+//!   server, as many as one may ask, and neighbour discovery), to other guests only by consent (`peers`), not to link-local,
 //!   metadata and other addresses that no guest needs (`never`), not to networks inside the host (`inside`), and out only
 //!   as its policy says. What leaves is masqueraded. From outside, only answers reach a guest, and only while its policy holds.
 //!
 //! A slot under `allow` has a chain of its own and four sets: `a` the addresses that the DNS server handed out, for as long
 //! as it said, and `f` those with which it has talked, for [`FLOW_TIMEOUT_S`] after the last packet, for 4 and 6. A new
 //! connection needs `a`; one that is open needs `f`, so that it outlives the name's TTL, and none outlives the policy.
+//!
+//! Guests that share a group reach each other by way of the host: their pairs of addresses are in `peers4` and `peers6`, both
+//! ways. What goes between guests is decided there alone, by no state of a connection: a pair that goes ends what is open.
+//! The host tells no guest of a shorter way (redirects), for there is none, and says nothing of the multicast that it wants.
 //!
 //! Slots and policies are set elements: taking a warm slot changes nothing here.
 
@@ -62,6 +66,8 @@ pub struct State {
     pub slots: BTreeSet<u32>,
     /// What slots may reach; those that are not here reach nothing.
     pub gates: BTreeMap<u32, Gate>,
+    /// Slots that reach each other; of each pair the lower one first.
+    pub peers: BTreeSet<(u32, u32)>,
     /// Interfaces on which we, and nobody else, turned IPv4 forwarding on: from these nothing is forwarded but to the bridge,
     /// so that the host is not made a router for its neighbours.
     pub uplinks: BTreeSet<String>,
@@ -91,6 +97,13 @@ pub enum Change {
     },
     /// A slot under `allow` may reach these addresses, too, each for so many seconds.
     Allow(u32, BTreeMap<IpAddr, u64>),
+    /// Which slots reach each other.
+    Peers {
+        /// These do from now on.
+        add: BTreeSet<(u32, u32)>,
+        /// These do not any more.
+        remove: BTreeSet<(u32, u32)>,
+    },
     /// We turned on forwarding on these interfaces.
     AddUplinks(BTreeSet<String>),
     /// These forward without us.
@@ -118,6 +131,7 @@ pub fn ruleset(plan: &Plan, state: &State) -> String {
     let gate = |(slot, gate): (&u32, &Gate)| Change::Gate { slot: *slot, from: None, to: Some(gate.clone()) };
     let changes = [
         Change::AddSlots(state.slots.clone()),
+        Change::Peers { add: state.peers.clone(), remove: BTreeSet::new() },
         Change::AddUplinks(state.uplinks.clone()),
         Change::AddUplinks6(state.uplinks6.clone()),
         Change::AddInside(state.inside.clone()),
@@ -167,6 +181,7 @@ pub fn change(plan: &Plan, change: &Change) -> String {
             let Some(slot) = plan.slot(*slot) else { return String::new() };
             regate(plan, &slot, from.as_ref(), to.as_ref())
         }
+        Change::Peers { add, remove } => pairs(plan, "delete", remove) + &pairs(plan, "add", add),
         Change::Allow(slot, addresses) => allow(plan, *slot, addresses, true),
     }
 }
@@ -223,6 +238,7 @@ fn inet_table(plan: &Plan, guard6: bool) -> String {
 	map allow{v} {{ type {kind} : verdict; }}
 	map answers{v} {{ type {kind} : verdict; }}
 	set asked{v} {{ type {kind}; flags dynamic,timeout; timeout 60s; size 65536; }}
+	set peers{v} {{ type {kind} . {kind}; }}
 	set denied{v} {{ type {kind} . {kind}; flags dynamic,timeout; timeout {DENIED_TIMEOUT_S}s; size 16384; counter; }}
 "
             ),
@@ -253,6 +269,7 @@ fn inet_table(plan: &Plan, guard6: bool) -> String {
 	}}
 	chain forward {{
 		type filter hook forward priority 0; policy accept;
+		iifname {bridge} oifname {bridge} goto between
 		iifname {bridge} goto from_guest
 		oifname {bridge} goto to_guest
 		meta nfproto ipv4 iifname @uplinks drop
@@ -262,8 +279,17 @@ fn inet_table(plan: &Plan, guard6: bool) -> String {
 		type nat hook postrouting priority 100; policy accept;
 		ip saddr {subnet} oifname != {{ {bridge}, lo }} masquerade
 {masquerade6}	}}
+	chain between {{
+		ip saddr . ip daddr @peers4 accept
+		ip6 saddr . ip6 daddr @peers6 accept
+		goto denied
+	}}
+	chain output {{
+		type filter hook output priority 0; policy accept;
+		oifname {bridge} icmp type redirect drop
+		oifname {bridge} icmpv6 type {{ nd-redirect, mld-listener-report, mld2-listener-report }} drop
+	}}
 	chain from_guest {{
-		oifname {bridge} drop
 		ip daddr {{ {NEVER4} }} goto denied
 		ip6 daddr {{ {NEVER6} }} goto denied
 		ip daddr {subnet} goto denied
@@ -435,6 +461,19 @@ fn slots(plan: &Plan, verb: &str, numbers: &BTreeSet<u32>) -> String {
         .collect();
     text += &element(plan, verb, "bridge", "guests6", &guests6);
     text
+}
+
+/// Each pair both ways, in both families.
+fn pairs(plan: &Plan, verb: &str, pairs: &BTreeSet<(u32, u32)>) -> String {
+    let both = |addresses: Option<(IpAddr, IpAddr)>| -> Vec<String> {
+        addresses.map_or_else(Vec::new, |(a, b)| vec![format!("{a} . {b}"), format!("{b} . {a}")])
+    };
+    let v4 = |n: u32| Some(IpAddr::V4(plan.slot(n)?.address));
+    let v6 = |n: u32| plan.slot(n).and_then(|_| plan.address6(n)).map(IpAddr::V6);
+    let of = |address: &dyn Fn(u32) -> Option<IpAddr>| -> Vec<String> {
+        pairs.iter().flat_map(|(a, b)| both(address(*a).zip(address(*b)))).collect()
+    };
+    element(plan, verb, "inet", "peers4", &of(&v4)) + &element(plan, verb, "inet", "peers6", &of(&v6))
 }
 
 fn element(plan: &Plan, verb: &str, family: &str, set: &str, elements: &[String]) -> String {

@@ -5,8 +5,8 @@ use bothy_bus::{Client, Server};
 use bothy_contract::{
     Error,
     methods::{
-        NetEgressSet, NetEgressShow, NetHostShow, NetHostTeardown, NetLeaseAcquire, NetLeaseList,
-        NetLeaseRelease, NetNameSet, NetNameUnset, NetPortsPublish,
+        NetEgressSet, NetEgressShow, NetGroupsSet, NetHostShow, NetHostTeardown, NetLeaseAcquire,
+        NetLeaseList, NetLeaseRelease, NetNameSet, NetNameUnset, NetPortsPublish,
     },
     net::{Done, NetHost},
 };
@@ -54,6 +54,11 @@ pub async fn run(
     let server = server.serve::<NetPortsPublish, _, _>(move |_, request| {
         let net = net.clone();
         async move { net.publish(request.vm, request.ports).await.map(|()| Done {}) }
+    });
+    let net = network.clone();
+    let server = server.serve::<NetGroupsSet, _, _>(move |_, request| {
+        let net = net.clone();
+        async move { net.set_groups(request.vm, request.groups).await.map(|()| Done {}) }
     });
     let net = network.clone();
     let server = server.serve::<NetNameSet, _, _>(move |_, request| {

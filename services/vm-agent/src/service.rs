@@ -24,6 +24,7 @@ use bothy_contract::{
         VmSuspend, VmTemplateList, VmTemplateMake, VmTouch,
     },
     net::Done,
+    net_group::check_groups,
     op::Begun,
     vm::{CreateVm, VmHost, VmList, VmState},
 };
@@ -120,6 +121,7 @@ pub(crate) async fn run(
 impl Service {
     async fn create(&self, cx: Context, ask: CreateVm) -> Result<Begun, Error> {
         ask.spec.shape.check()?;
+        check_groups(&ask.spec.groups)?;
         ask.spec.idle.map_or(Ok(()), |idle| idle.check())?;
         let vm = VmId::new();
         let name = match &ask.spec.name {
@@ -130,6 +132,7 @@ impl Service {
         let facts = Facts {
             egress: spec.reaches(),
             publish: spec.publish.clone(),
+            groups: spec.groups.clone(),
             idle: spec.idle,
             ..Facts::new(vm, name.clone(), owner, spec.image.clone(), spec.shape.clone())
         };

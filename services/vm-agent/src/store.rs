@@ -5,7 +5,7 @@
 
 use crate::phase::{Phase, Placed, Vmm};
 use bothy_contract::{
-    Code, Error, ImageName, OpId, VmId, VmName,
+    Code, Error, GroupName, ImageName, OpId, VmId, VmName,
     net::{Egress, Lease, Publish},
     vm::{ExitRecord, Idle, Shape, VmRecord, VmState},
 };
@@ -15,6 +15,7 @@ use bothy_db::{
 };
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 
 /// The schema: the operations' journal, then the VMs. `data` is a [`Facts`] and the lease as JSON, `vmm` a [`Vmm`]; id and
 /// name stand beside them, since names are unique.
@@ -47,6 +48,9 @@ pub(crate) struct Facts {
     /// Ports of the guest that the host answers for.
     #[serde(default)]
     pub(crate) publish: Vec<Publish>,
+    /// The groups whose members it reaches.
+    #[serde(default)]
+    pub(crate) groups: BTreeSet<GroupName>,
     /// The guest's machine-id: 32 hex digits, the same from create to delete.
     pub(crate) machine_id: String,
     pub(crate) created: Timestamp,
@@ -99,6 +103,7 @@ impl Facts {
             shape,
             egress: Egress::None,
             publish: Vec::new(),
+            groups: BTreeSet::new(),
             machine_id: uuid::Uuid::new_v4().as_simple().to_string(),
             created: Timestamp::now(),
             state: VmState::Creating,
@@ -133,6 +138,7 @@ impl Vm {
             nat: f.egress == Egress::Open,
             egress: f.egress,
             publish: f.publish,
+            groups: f.groups,
             idle: f.idle,
             lease: self.phase.placed().map(|placed| placed.lease.clone()),
             booted: vmm.as_ref().map(|vmm| vmm.booted.clone()),

@@ -81,6 +81,7 @@ fn create(name: Option<&str>, shape: Shape) -> CreateVm {
         nat: false,
         egress: None,
         publish: Vec::new(),
+        groups: Default::default(),
         identity: Default::default(),
         idle: None,
     };

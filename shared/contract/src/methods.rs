@@ -18,6 +18,7 @@ use crate::{
         AcquireLease, Done, EgressReport, GetEgress, GetNetHost, Lease, LeaseList, ListLeases, NameVm,
         NetHost, PublishPorts, ReleaseLease, SetEgress, TeardownNet, UnnameVm,
     },
+    net_group::SetGroups,
     op::{Begun, OpList, OpRecord, OpRef},
     usage::{GetVmStats, PortList, VmStatsList},
     vm::{
@@ -164,6 +165,8 @@ methods! {
     NetEgressShow = Net.egress.show(GetEgress) -> EgressReport, reads, by [Vm, Gateway], within 5 s;
     /// Publishes a VM's ports.
     NetPortsPublish = Net.ports.publish(PublishPorts) -> Done, changes, by [Vm], within 10 s;
+    /// Puts a VM into groups.
+    NetGroupsSet = Net.groups.set(SetGroups) -> Done, changes, by [Vm], within 10 s;
     /// Makes a VM known by name.
     NetNameSet = Net.name.set(NameVm) -> Done, changes, by [Vm], within 10 s;
     /// Takes its name away.

@@ -64,6 +64,8 @@ labels! {
     VmName, "VM name";
     /// The name of an image.
     ImageName, "image name";
+    /// The name of a group of VMs that reach each other.
+    GroupName, "group name";
     /// The host's token in every subject.
     HostToken, "host token";
 }

@@ -1,7 +1,7 @@
 //! The network as other processes see it: leases, what a VM may reach, its published ports and its name, and how the pool
 //! stands.
 
-use crate::{Error, VmId, VmName};
+use crate::{Error, VmId, VmName, net_group::Membership};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::{
@@ -220,12 +220,15 @@ pub struct AcquireLease {
     /// The ports to publish; without a word, those that its lease has, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub publish: Option<Vec<Publish>>,
+    /// The groups that it is in; without a word, those that its lease has, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub groups: Option<Membership>,
 }
 
 impl AcquireLease {
     /// A lease for `vm` that reaches nothing, without published ports.
     pub fn new(vm: VmId) -> Self {
-        Self { vm, nat: false, egress: None, publish: None }
+        Self { vm, nat: false, egress: None, publish: None, groups: None }
     }
 }
 
@@ -328,6 +331,9 @@ pub struct LeaseRow {
     /// Its published ports.
     #[serde(default)]
     pub publish: Vec<Publish>,
+    /// The groups that it is in.
+    #[serde(default)]
+    pub groups: Membership,
     /// The name it is known by, while it is ready.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<VmName>,

@@ -1,14 +1,14 @@
 //! VMs: what one asks for, what one gets, and where it stands.
 
 use crate::{
-    Error, ImageName, TicketId, VmId, VmName,
+    Error, GroupName, ImageName, TicketId, VmId, VmName,
     net::{Egress, Lease, Publish},
     op::Begun,
     workspace::Identity,
 };
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use std::{collections::BTreeSet, path::PathBuf};
 
 const MIB: u64 = 1 << 20;
 
@@ -69,6 +69,9 @@ pub struct VmSpec {
     /// Ports of the guest that the host answers for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub publish: Vec<Publish>,
+    /// The groups whose members it reaches and is reached by.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub groups: BTreeSet<GroupName>,
     /// The user's public identity, put into the guest once its agent answers.
     #[serde(default)]
     pub identity: Identity,
@@ -255,6 +258,9 @@ pub struct VmRecord {
     /// Ports of the guest that the host answers for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub publish: Vec<Publish>,
+    /// The groups whose members it reaches and is reached by.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub groups: BTreeSet<GroupName>,
     /// What happens when nobody uses it, where that was said for this VM.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub idle: Option<Idle>,
@@ -295,6 +301,7 @@ impl VmRecord {
             nat: false,
             egress: Egress::None,
             publish: Vec::new(),
+            groups: BTreeSet::new(),
             idle: None,
             lease: None,
             vmm: None,
@@ -431,6 +438,9 @@ pub struct SetVm {
     /// All ports of the guest that the host answers for; at once.
     #[serde(default)]
     pub publish: Option<Vec<Publish>>,
+    /// All groups that it is in; at once.
+    #[serde(default)]
+    pub groups: Option<BTreeSet<GroupName>>,
     /// What happens when nobody uses it; at once.
     #[serde(default)]
     pub idle: Option<Idle>,

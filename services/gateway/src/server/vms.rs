@@ -16,6 +16,7 @@ use bothy_contract::{
         VmSuspend,
     },
     net::{Egress, EgressReport, GetEgress, Publish},
+    net_group::check_groups,
     op::Begun,
     vm::{
         CreateVm, DeleteVm, KillVm, PauseVm, RestartVm, ResumeVm, SetVm, StartVm, StopVm, SuspendVm, VmList,
@@ -51,6 +52,7 @@ pub(crate) async fn create(
     spec.shape.check()?;
     spec.egress = spec.egress.map(Egress::checked).transpose()?;
     Publish::check(&spec.publish)?;
+    check_groups(&spec.groups)?;
     spec.idle.map_or(Ok(()), |idle| idle.check())?;
     let request = CreateVm { spec, owner: peer.uid, force, cold };
     Ok(accepted(gateway.change::<VmCreate>(&peer, &headers, &request).await?))
@@ -163,9 +165,10 @@ pub(crate) async fn set(
 ) -> Result<Accepted, ApiError> {
     let vm = gateway.vm(&peer, &vm).await?;
     body.check(&vm)?;
-    let api::SetBody { cpus, memory_mib, work_mib, system_mib, nat, egress, publish, idle } = body;
+    let api::SetBody { cpus, memory_mib, work_mib, system_mib, nat, egress, publish, groups, idle } = body;
     let egress = egress.map(Egress::checked).transpose()?;
-    let request = SetVm { vm: vm.id, cpus, memory_mib, work_mib, system_mib, nat, egress, publish, idle };
+    let request =
+        SetVm { vm: vm.id, cpus, memory_mib, work_mib, system_mib, nat, egress, publish, groups, idle };
     Ok(accepted(gateway.change::<VmSet>(&peer, &headers, &request).await?))
 }
 

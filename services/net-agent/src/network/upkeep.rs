@@ -47,9 +47,7 @@ impl Inner {
             tracing::warn!(table = %self.plan.bridge, "somebody removed our nftables tables; they are back");
         }
         forwarding::refresh(&self.leases, &self.devices.firewall).await?;
-        if self.anybody_goes_out() {
-            self.enable_forwarding().await?;
-        }
+        self.keep_forwarding().await?;
         self.restore_ports();
         if self.wrong().await?.is_empty() {
             return Ok(());
@@ -62,9 +60,7 @@ impl Inner {
         }
         let wrong = self.wrong().await?;
         let bridge = self.devices.bridge().await?;
-        if self.anybody_goes_out() {
-            self.enable_forwarding().await?;
-        }
+        self.keep_forwarding().await?;
         for number in wrong {
             tracing::warn!(slot = number, "somebody changed a device of ours; mending it");
             let found = self.devices.list().await?.into_iter().find(|(n, _)| *n == number);
@@ -77,13 +73,17 @@ impl Inner {
     async fn wrong(&self) -> Result<Vec<u32>, Error> {
         let links = self.devices.links.list().await?;
         let bridge = links.get(&self.plan.bridge).map(|link| link.index);
-        let fixed = match bridge {
-            Some(bridge) => self.devices.links.fixed_neighbours(bridge).await?,
-            None => BTreeMap::new(),
+        let (fixed, proxied) = match bridge {
+            Some(bridge) => (
+                self.devices.links.fixed_neighbours(bridge).await?,
+                self.devices.links.proxied_neighbours(bridge).await?,
+            ),
+            None => Default::default(),
         };
         let present = self.slots().present();
         let known = |slot: &Slot| {
             neighbours_of(&self.plan, slot).all(|a| fixed.get(&a).is_some_and(|mac| *mac == slot.mac.0))
+                && self.plan.address6(slot.number).is_none_or(|a| proxied.contains(&a.into()))
         };
         let right = |slot: &Slot| {
             links

@@ -18,6 +18,7 @@ fn the_whole_is_one_replacement_of_our_two_tables() {
     let state = State {
         slots: [1, 3, 254].into(),
         gates,
+        peers: [(1, 3), (3, 300)].into(),
         uplinks: ["eth0".to_owned()].into(),
         uplinks6: ["eth1".to_owned()].into(),
         guard6: false,
@@ -46,6 +47,8 @@ fn the_whole_is_one_replacement_of_our_two_tables() {
     assert!(text.contains("\"bothy-tap-1\" . 52:54:00:4d:00:02 . fe80::5054:ff:fe4d:2, "));
     assert!(all.contains(&"add element inet bothy0 uplinks { \"eth0\" }"));
     assert!(all.contains(&"add element inet bothy0 inside { \"docker0\" }"), "a name is no command");
+    assert!(all.contains(&"add element inet bothy0 peers4 { 10.77.0.2 . 10.77.0.4, 10.77.0.4 . 10.77.0.2 }"));
+    assert!(text.contains("peers6 { fd12:3456:789a::2 . fd12:3456:789a::4, fd12:3456:789a::4 . fd12:"));
     assert!(all.contains(&"add element inet bothy0 open4 { 10.77.0.2 }"));
     assert!(all.contains(&"add element inet bothy0 allow4 { 10.77.0.4 : goto allow_3 }"));
     assert!(all.contains(&"add element inet bothy0 a4_3 { 192.0.2.7 timeout 60s }"));
@@ -61,7 +64,7 @@ fn every_chain_of_guests_ends_in_a_refusal() {
     let mut seen = 0;
     for chain in text.split("\tchain ").skip(1) {
         let (name, body) = chain.split_once(" {").unwrap();
-        if ["prerouting", "forward", "input", "postrouting"].contains(&name) {
+        if ["prerouting", "forward", "input", "postrouting", "output"].contains(&name) {
             continue;
         }
         let last = body.split("\n\t}").next().unwrap().lines().last().unwrap().trim();
@@ -71,7 +74,7 @@ fn every_chain_of_guests_ends_in_a_refusal() {
         );
         seen += 1;
     }
-    assert_eq!(seen, 8);
+    assert_eq!(seen, 9);
 }
 
 #[test]
@@ -111,6 +114,17 @@ fn a_change_is_small() {
             "delete element inet bothy0 a4_8 { 192.0.2.1 }",
             "add element inet bothy0 a4_8 { 192.0.2.1 timeout 30s }"
         ]
+    );
+    let peers = Change::Peers { add: [(1, 3)].into(), remove: [(1, 2)].into() };
+    let verbs: Vec<String> =
+        lines(&change(&plan(), &peers)).iter().map(|l| l.split(" {").next().unwrap().to_owned()).collect();
+    assert_eq!(
+        verbs,
+        ["delete", "delete", "add", "add"]
+            .into_iter()
+            .zip([4, 6, 4, 6])
+            .map(|(verb, v)| format!("{verb} element inet bothy0 peers{v}"))
+            .collect::<Vec<_>>()
     );
     assert_eq!(change(&plan(), &Change::AddSlots(BTreeSet::new())), "");
     assert_eq!(lines(&removal(&plan())).len(), 4);

@@ -221,7 +221,7 @@ fn a_host_that_forwards_ipv6_by_us_forwards_for_guests_only() {
         let firewall = Firewall::open(std::sync::Arc::new(plan)).unwrap();
         let guard = r#"{"key": "nfproto"}}, "right": "ipv6"}}, {"drop": null}]"#;
         firewall
-            .start(&[(1, Egress::Open)].into(), &Default::default(), Default::default(), false)
+            .start(&[(1, Egress::Open)].into(), &Default::default(), [].into(), Default::default(), false)
             .await
             .unwrap();
         assert!(!ruleset().contains(guard));

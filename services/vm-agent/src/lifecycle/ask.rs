@@ -181,6 +181,7 @@ fn boot_input(vm: &Vm, identity: &Identity) -> BootInput {
         nat: facts.egress == Egress::Open,
         egress: Some(facts.egress),
         publish: facts.publish,
+        groups: facts.groups,
         identity: identity.clone(),
         idle: facts.idle,
     };

@@ -25,6 +25,7 @@ use bothy_contract::{
         WorkspaceIdentitySync,
     },
     net::{AcquireLease, Egress, Lease, ReleaseLease},
+    net_group::Membership,
     vm::VmSpec,
     workspace::{Identity, SyncIdentity},
 };
@@ -142,7 +143,10 @@ pub(super) async fn acquire_network(
 ) -> Result<Lease, Error> {
     let egress = spec.reaches();
     let nat = egress == Egress::Open;
-    let ask = AcquireLease { vm, nat, egress: Some(egress), publish: Some(spec.publish) };
+    // Groups are their owner's, whoever asked.
+    let groups = Membership { owner: agent.vm(vm).await?.facts.owner, names: spec.groups };
+    let ask =
+        AcquireLease { vm, nat, egress: Some(egress), publish: Some(spec.publish), groups: Some(groups) };
     let lease = agent.bus.call::<NetLeaseAcquire>(&ask).await?;
     cx.note(format!("{} on {}", lease.address, lease.tap));
     let kept = lease.clone();

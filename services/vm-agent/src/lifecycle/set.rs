@@ -1,9 +1,8 @@
-//! A change of a VM. Disks grow at once, under a running guest too, and never shrink; what the guest may reach and its published ports change at
-//! once; processors and
-//! memory wait for the next start, since neither VMM can give them to a running guest.
+//! A change of a VM. Disks grow at once, under a running guest too, and never shrink; what the guest may reach, its published ports
+//! and its groups change at once; processors and memory wait for the next start, since neither VMM can give them to a running guest.
 //!
 //! ```text
-//!   grow_disks -> resize_vmm -> grow_guest -> set_egress -> publish_ports -> save
+//!   grow_disks -> resize_vmm -> grow_guest -> set_egress -> publish_ports -> set_groups -> save
 //! ```
 //! What a stage has done is in the row when it ends; a growth that a later stage's failure leaves behind is a larger disk,
 //! told as such, for no disk can shrink.
@@ -14,14 +13,16 @@ use crate::{
     store::Vm,
 };
 use bothy_contract::{
-    Error, VmId,
+    Error, GroupName, VmId,
     image::GrowDisks,
-    methods::{ImageDisksGrow, NetEgressSet, NetPortsPublish},
+    methods::{ImageDisksGrow, NetEgressSet, NetGroupsSet, NetPortsPublish},
     net::{Egress, Publish, PublishPorts, SetEgress},
+    net_group::{Membership, SetGroups, check_groups},
     vm::{Idle, SetVm, Shape},
 };
 use bothy_ops::Graph;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 
 /// What is to be other than it is; what is absent stays.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,14 +34,16 @@ pub(crate) struct Change {
     egress: Option<Egress>,
     publish: Option<Vec<Publish>>,
     #[serde(default)]
+    groups: Option<BTreeSet<GroupName>>,
+    #[serde(default)]
     idle: Option<Idle>,
 }
 
 impl From<SetVm> for Change {
     fn from(ask: SetVm) -> Self {
-        let SetVm { vm: _, cpus, memory_mib, work_mib, system_mib, nat, egress, publish, idle } = ask;
+        let SetVm { vm: _, cpus, memory_mib, work_mib, system_mib, nat, egress, publish, groups, idle } = ask;
         let egress = egress.or(nat.map(|nat| if nat { Egress::Open } else { Egress::None }));
-        Self { cpus, memory_mib, work_mib, system_mib, egress, publish, idle }
+        Self { cpus, memory_mib, work_mib, system_mib, egress, publish, groups, idle }
     }
 }
 
@@ -68,10 +71,11 @@ pub(crate) fn check(vm: &Vm, change: &Change) -> Result<(), Error> {
     let (name, shape) = (&vm.facts.name, &vm.facts.shape);
     if *change == Change::default() {
         return Err(Error::invalid(format!("nothing of VM {name} is to be changed")).hint(
-            "name what: `--cpus`, `--memory`, `--disk`, `--system-disk`, `--egress`, `--publish` or `--idle`",
+            "name what: `--cpus`, `--memory`, `--disk`, `--system-disk`, `--egress`, `--publish`, `--group` or `--idle`",
         ));
     }
     change.idle.map_or(Ok(()), |idle| idle.check())?;
+    change.groups.as_ref().map_or(Ok(()), check_groups)?;
     let to = change.of(shape);
     to.check()?;
     for (what, has, wants) in
@@ -153,8 +157,22 @@ pub(crate) fn add(g: &mut Graph, agent: &Agent, vm: VmId, change: Change) {
         })
         .await
     });
+    let (a, names) = (agent.clone(), change.groups.clone());
+    let grouped = g.stage("set_groups", published, move |_, ()| async move {
+        let Some(names) = names else { return Ok(()) };
+        if a.placed(vm).await?.is_some() {
+            let owner = a.vm(vm).await?.facts.owner;
+            let groups = Membership { owner, names: names.clone() };
+            a.bus.call::<NetGroupsSet>(&SetGroups { vm, groups }).await?;
+        }
+        a.update(vm, move |row| {
+            row.facts.groups = names;
+            Ok(())
+        })
+        .await
+    });
     let a = agent.clone();
-    g.stage("save", published, move |cx, ()| async move {
+    g.stage("save", grouped, move |cx, ()| async move {
         let waits = a
             .update(vm, move |row| {
                 row.facts.shape = change.of(&row.facts.shape);

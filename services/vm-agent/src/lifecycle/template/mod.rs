@@ -43,7 +43,7 @@ use bothy_vm_agent::vmm::SealedMemory;
 use jiff::{SignedDuration, Timestamp};
 use make::MakeInput;
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -218,6 +218,7 @@ pub(crate) async fn make(
         nat: false,
         egress: Some(Egress::None),
         publish: Vec::new(),
+        groups: BTreeSet::new(),
         identity: Identity::default(),
         idle: None,
     };

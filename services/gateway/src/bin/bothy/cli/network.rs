@@ -1,7 +1,7 @@
 //! What one can type about what a machine reaches and who reaches it.
 
 use bothy_contract::{
-    Error,
+    Error, GroupName,
     net::{Egress, Publish, checked_name},
 };
 use clap::{Args, Subcommand, ValueEnum};
@@ -21,6 +21,9 @@ pub(crate) struct Network {
     /// Answer on a TCP port of this host for one of the machine; on the loopback unless said
     #[arg(long, value_name = "[ADDR:]HOSTPORT:GUESTPORT")]
     pub(crate) publish: Vec<Publish>,
+    /// Join a group: your machines that share one reach each other
+    #[arg(long = "group", value_name = "NAME")]
+    pub(crate) groups: Vec<GroupName>,
 }
 
 impl Network {

@@ -7,13 +7,14 @@ use super::{
     values::{age, key_value, mib, signal},
 };
 use bothy_contract::{
-    Error,
+    Error, GroupName,
     net::Publish,
+    net_group::check_groups,
     vm::{LogSource, VmRecord},
 };
 use bothy_gateway::api::SetBody;
 use clap::{Args, Subcommand, ValueEnum};
-use std::{net::SocketAddr, time::Duration};
+use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 
 /// Machines that are named.
 #[derive(Debug, Args)]
@@ -208,6 +209,12 @@ pub(crate) struct Change {
     /// Do not answer on a port of this host any more
     #[arg(long, value_name = "[ADDR:]HOSTPORT", value_parser = Publish::parse_listen)]
     unpublish: Vec<SocketAddr>,
+    /// Join a group, besides those it is in: your machines that share one reach each other; at once
+    #[arg(long = "group", value_name = "NAME")]
+    groups: Vec<GroupName>,
+    /// Leave a group; connections to machines that share no other one with it end
+    #[arg(long = "no-group", value_name = "NAME")]
+    no_groups: Vec<GroupName>,
     /// What to do with it when nobody uses it: no exec, no ssh, no traffic
     #[arg(long, value_name = "WHAT")]
     idle: Option<Rest>,
@@ -226,8 +233,9 @@ impl Change {
     /// What is to be made of `vm`.
     ///
     /// # Errors
-    /// When a port is to be published twice, or one that is not published is to go.
+    /// When a port is to be published twice, one that is not published is to go, or a group is to be left that it is not in.
     pub(crate) fn of(&self, vm: &VmRecord) -> Result<SetBody, Error> {
+        let groups = !self.groups.is_empty() || !self.no_groups.is_empty();
         let ports = !self.publish.is_empty() || !self.unpublish.is_empty();
         Ok(SetBody {
             cpus: self.cpus,
@@ -237,8 +245,23 @@ impl Change {
             nat: self.nat.map(|nat| nat == Switch::On),
             egress: self.egress.map(Into::into),
             publish: if ports { Some(self.ports(vm)?) } else { None },
+            groups: if groups { Some(self.groups(vm)?) } else { None },
             idle: Rest::policy(self.idle, self.after)?,
         })
+    }
+
+    /// The groups that `vm` is in then.
+    fn groups(&self, vm: &VmRecord) -> Result<BTreeSet<GroupName>, Error> {
+        let mut groups = vm.groups.clone();
+        for name in &self.no_groups {
+            if !groups.remove(name) {
+                return Err(Error::not_found(format!("{} is not in a group {name}", vm.name))
+                    .hint(format!("`bothy vm show {}` shows its groups", vm.name)));
+            }
+        }
+        groups.extend(self.groups.iter().cloned());
+        check_groups(&groups)?;
+        Ok(groups)
     }
 
     /// The ports that `vm` publishes then.

@@ -201,6 +201,11 @@ fn effects(change: &SetBody, vm: &VmRecord) -> Vec<Effect> {
             if ports.is_empty() { "no published ports".to_owned() } else { format!("publishes {ports}") };
         effects.push(Effect { field: "publish", text, later: false });
     }
+    if change.groups.is_some() {
+        let groups = super::show::groups(vm);
+        let text = if groups.is_empty() { "in no group".to_owned() } else { format!("in group {groups}") };
+        effects.push(Effect { field: "groups", text, later: false });
+    }
     effects
 }
 
@@ -303,6 +308,7 @@ mod tests {
             nat: Some(true),
             egress: Some(bothy_contract::net::Egress::Open),
             publish: Some(Vec::new()),
+            groups: Some(Default::default()),
             idle: None,
         };
         vm.egress = bothy_contract::net::Egress::Open;
@@ -313,8 +319,10 @@ mod tests {
         web: nat on
         web: egress open
         web: no published ports
+        web: in no group
         ");
         vm.publish = vec!["8080:80".parse().unwrap()];
+        vm.groups = ["web", "back"].map(|name| name.parse().unwrap()).into();
         vm.booted = Some(Shape { cpus: 2, memory_mib: 1024, ..vm.shape.clone() });
         insta::assert_snapshot!(told(&change, &vm), @r"
         web: cpus 4 from the next start on (it runs with 2)
@@ -323,6 +331,7 @@ mod tests {
         web: nat on now
         web: egress open now
         web: publishes 127.0.0.1:8080 -> 80 now
+        web: in group back, web now
         ");
     }
 }

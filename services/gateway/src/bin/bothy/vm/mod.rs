@@ -17,6 +17,7 @@ use crate::{Context, Status, cli, exec, file_sync, printer::duration, progress, 
 use bothy_contract::{
     Error, VmId,
     net::Publish,
+    net_group::check_groups,
     op::Begun,
     vm::{Shape, VmList, VmRecord, VmSpec},
 };
@@ -126,6 +127,8 @@ pub(crate) async fn create(
     };
     shape.check()?;
     Publish::check(&args.network.publish)?;
+    let groups = args.network.groups.iter().cloned().collect();
+    check_groups(&groups)?;
     let spec = VmSpec {
         name: args.name.clone(),
         image: args.image.clone(),
@@ -133,6 +136,7 @@ pub(crate) async fn create(
         nat: args.network.nat,
         egress: args.network.egress()?,
         publish: args.network.publish.clone(),
+        groups,
         identity: ssh::identity(context.printer),
         idle: args.idle.policy()?,
     };

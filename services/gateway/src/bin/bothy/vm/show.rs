@@ -1,7 +1,10 @@
 //! Machines as people see them.
 
 use crate::printer::{facts, table, word};
-use bothy_contract::vm::{Idle, IdleAction, Shape, VmRecord};
+use bothy_contract::{
+    GroupName,
+    vm::{Idle, IdleAction, Shape, VmRecord},
+};
 
 /// All machines as a table.
 pub(super) fn listing(vms: &[VmRecord]) -> String {
@@ -62,6 +65,7 @@ pub(super) fn details(vm: &VmRecord) -> String {
         ("tap", lease.map(|l| l.tap.clone()).unwrap_or_default()),
         ("egress", vm.egress.to_string()),
         ("published", published(vm)),
+        ("groups", groups(vm)),
         ("idle", vm.idle.as_ref().map(idle).unwrap_or_default()),
         ("vmm", vm.vmm.clone().unwrap_or_default()),
         ("vmm pid", vm.vmm_pid.map(|pid| pid.to_string()).unwrap_or_default()),
@@ -78,6 +82,11 @@ pub(super) fn idle(idle: &Idle) -> String {
         IdleAction::Never => "left alone when nobody uses it".to_owned(),
         action => format!("{} after {} s without use", word(&action), idle.after_s),
     }
+}
+
+/// The groups of a machine in a row.
+pub(super) fn groups(vm: &VmRecord) -> String {
+    vm.groups.iter().map(GroupName::as_str).collect::<Vec<_>>().join(", ")
 }
 
 /// The published ports of a machine in a row.
