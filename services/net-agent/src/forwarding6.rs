@@ -18,6 +18,8 @@ use bothy_contract::Error;
 use std::collections::BTreeSet;
 
 const ALL: &str = "ipv6/conf/all/forwarding";
+/// Whether questions for neighbours that the host stands in for are taken on their way through it.
+const PROXY: &str = "ipv6/conf/all/proxy_ndp";
 
 /// Lets guests' IPv6 packets out and the answers in. Does nothing where the host itself has no way out in IPv6.
 pub async fn enable(plan: &Plan, links: &Links, leases: &Leases, firewall: &Firewall) -> Result<(), Error> {
@@ -43,7 +45,15 @@ pub async fn between(plan: &Plan, links: &Links, leases: &Leases, firewall: &Fir
     let bridge = &plan.bridge;
     ensure(&format!("ipv6/neigh/{bridge}/proxy_delay"), "0")?;
     ensure(&format!("ipv6/conf/{bridge}/forwarding"), "1")?;
-    ensure(&format!("ipv6/conf/{bridge}/proxy_ndp"), "1")
+    ensure(&format!("ipv6/conf/{bridge}/proxy_ndp"), "1")?;
+    // A guest that asks whether another is still there sends that to the other's address, by way of the host, which takes such a
+    // question for itself only where this is on (ip6_forward of net/ipv6/ip6_output.c). On other links it answers for whom
+    // somebody made an entry there, and for nobody else.
+    if read(PROXY)?.is_some_and(|value| value == "0") {
+        note(leases, PROXY.to_owned(), "0", "1").await?;
+        write(PROXY, "1")?;
+    }
+    Ok(())
 }
 
 /// Turns forwarding on between the bridge, its guests and `uplinks`, where it is not on.

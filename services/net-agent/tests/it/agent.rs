@@ -8,13 +8,14 @@ use bothy_bus::{Client, testing::TestBus};
 use bothy_contract::{
     Code, Error, Service, VmId,
     methods::{
-        NetEgressSet, NetEgressShow, NetHostShow, NetHostTeardown, NetLeaseAcquire, NetLeaseList,
-        NetLeaseRelease, NetNameSet, NetNameUnset, NetPortsPublish,
+        NetEgressSet, NetEgressShow, NetGroupsSet, NetHostShow, NetHostTeardown, NetLeaseAcquire,
+        NetLeaseList, NetLeaseRelease, NetNameSet, NetNameUnset, NetPortsPublish,
     },
     net::{
         AcquireLease, Egress, GetEgress, GetNetHost, Lease, ListLeases, NameVm, Publish, PublishPorts,
         ReleaseLease, SetEgress, TeardownNet, UnnameVm,
     },
+    net_group::{Membership, SetGroups},
 };
 use bothy_net_agent::tun;
 use bothy_testkit::{ChildGuard, Netns, require_root};
@@ -281,6 +282,10 @@ fn two_capabilities_are_enough() {
         let found = ask(ns, lease.gateway.into(), "a.vm.", RecordType::A);
         assert_eq!(data(&found), [lease.address.to_string()], "port 53");
         vm_agent.call::<NetNameUnset>(&UnnameVm { vm }).await.unwrap();
+        let groups = Membership { owner: 1000, names: ["web".parse().unwrap()].into() };
+        vm_agent.call::<NetGroupsSet>(&SetGroups { vm, groups: groups.clone() }).await.unwrap();
+        let rows = gateway.call::<NetLeaseList>(&ListLeases {}).await.unwrap().leases;
+        assert_eq!(rows.iter().map(|row| &row.groups).collect::<Vec<_>>(), [&groups]);
         vm_agent.call::<NetPortsPublish>(&PublishPorts { vm, ports: vec![] }).await.unwrap();
         vm_agent.call::<NetLeaseRelease>(&ReleaseLease { vm }).await.unwrap();
         gateway.call::<NetHostTeardown>(&TeardownNet {}).await.unwrap();

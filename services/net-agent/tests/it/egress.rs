@@ -62,7 +62,7 @@ pub(crate) fn refused<T>(result: &Result<T, ErrorKind>) -> bool {
     matches!(result, Err(ErrorKind::ConnectionRefused))
 }
 
-fn echo(stream: &mut TcpStream) -> bool {
+pub(crate) fn echo(stream: &mut TcpStream) -> bool {
     let mut data = [0; 1];
     stream.write_all(b"x").is_ok() && stream.read_exact(&mut data).is_ok()
 }

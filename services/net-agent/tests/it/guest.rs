@@ -104,6 +104,31 @@ impl Guest {
         }
     }
 
+    /// Whom the next answer in ARP is about, and where it says that is; other frames are passed over.
+    pub(crate) fn receive_arp_reply(&mut self) -> (Ipv4Addr, Mac) {
+        loop {
+            let frame = self.read(10_000).expect("an answer");
+            // Late answers to questions for the bridge are no news.
+            let about = |f: &[u8]| Ipv4Addr::from(<[u8; 4]>::try_from(&f[28..32]).unwrap());
+            if frame[12..14] == [8, 6] && frame[20..22] == [0, 2] && about(&frame) != self.gateway {
+                return (about(&frame), Mac(frame[22..28].try_into().unwrap()));
+            }
+        }
+    }
+
+    /// The same in neighbour discovery.
+    pub(crate) fn receive_advert(&mut self) -> (Ipv6Addr, Mac) {
+        loop {
+            let frame = self.read(10_000).expect("an answer");
+            if frame[12..14] == [0x86, 0xdd] && frame[20] == 58 && frame[54] == 136 {
+                let about = Ipv6Addr::from(<[u8; 16]>::try_from(&frame[62..78]).unwrap());
+                // Who asked it directly is answered without: it knows where that is.
+                let at = frame.get(80..86).unwrap_or(&frame[6..12]);
+                return (about, Mac(at.try_into().unwrap()));
+            }
+        }
+    }
+
     /// The next frame; `None` after `patience` milliseconds of silence.
     fn read(&mut self, patience: u16) -> Option<Vec<u8>> {
         let mut fds = [PollFd::new(self.tap.as_fd(), PollFlags::POLLIN)];

@@ -11,6 +11,7 @@ mod agent;
 mod dns;
 mod dns_hostile;
 mod egress;
+mod groups;
 mod guest;
 mod leases;
 mod machine;
