@@ -43,7 +43,7 @@ pub(crate) struct Machines(Arc<Mutex<HashMap<VmId, mpsc::Sender<Request>>>>);
 #[derive(Debug)]
 enum Request {
     /// Begin an operation.
-    Begin { ask: Ask, request: Option<RequestId>, span: Span, reply: oneshot::Sender<Result<Begun, Error>> },
+    Begin { ask: Box<Ask>, request: Option<RequestId>, span: Span, reply: oneshot::Sender<Result<Begun, Error>> },
     /// The row has changed: look at it.
     Look,
 }
@@ -66,7 +66,7 @@ impl Machines {
     pub(crate) async fn begin(&self, vm: VmId, ask: Ask, request: Option<RequestId>) -> Result<Begun, Error> {
         let machine = self.map().get(&vm).cloned().ok_or_else(|| store::missing(vm))?;
         let (reply, answer) = oneshot::channel();
-        let request = Request::Begin { ask, request, span: Span::current(), reply };
+        let request = Request::Begin { ask: Box::new(ask), request, span: Span::current(), reply };
         match machine.try_send(request) {
             Ok(()) => {}
             Err(mpsc::error::TrySendError::Closed(_)) => return Err(store::missing(vm)),
@@ -129,7 +129,7 @@ impl Machine {
             tokio::select! {
                 request = queue.recv() => match request {
                     Some(Request::Begin { ask, request, span, reply }) => {
-                        let begun = self.begin(&row, ask, request).instrument(span).await;
+                        let begun = self.begin(&row, *ask, request).instrument(span).await;
                         // Whoever asked may have gone; the operation runs all the same.
                         drop(reply.send(begun));
                     }
