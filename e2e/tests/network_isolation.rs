@@ -163,6 +163,28 @@ fn guests_are_apart_and_the_outside_is_asked_for() {
         assert!(!one.reaches(&host, world, PORT), "guest to {world} without egress again");
     }
 
+    // Who shares a group with it, and by its name, as long as both are in it.
+    let all = |what: &str, yes: bool| {
+        let places = two.addresses.iter().map(String::as_str).chain(["two.vm"]);
+        for place in places {
+            assert_eq!(one.reaches(&host, place, 8080), yes, "{what}: {place}");
+        }
+    };
+    host.bothy(["vm", "set", "one", "--group", "lab"]).ok();
+    host.bothy(["vm", "set", "two", "--group", "other"]).ok();
+    all("two that share no group", false);
+    host.bothy(["vm", "set", "two", "--group", "lab"]).ok();
+    all("two of a group", true);
+    assert_eq!(host.show("two")["groups"], serde_json::json!(["lab", "other"]));
+    assert!(
+        !one.reaches(&host, UPLINK[0], PORT) && !one.reaches(&host, WORLD[0], PORT),
+        "a group opens no more"
+    );
+    host.bothy(["vm", "set", "two", "--no-group", "lab"]).ok();
+    all("one that has left", false);
+    let refused = host.bothy(["vm", "set", "two", "--no-group", "lab"]);
+    assert!(refused.status != 0 && refused.stderr.contains("not in a group lab"), "{refused:?}");
+
     drop(service);
     host.bothy(["vm", "delete", "one", "two", "--force"]).ok();
     // The test's own, and so not bothy's to take away.

@@ -43,7 +43,12 @@ pub(crate) struct Machines(Arc<Mutex<HashMap<VmId, mpsc::Sender<Request>>>>);
 #[derive(Debug)]
 enum Request {
     /// Begin an operation.
-    Begin { ask: Box<Ask>, request: Option<RequestId>, span: Span, reply: oneshot::Sender<Result<Begun, Error>> },
+    Begin {
+        ask: Box<Ask>,
+        request: Option<RequestId>,
+        span: Span,
+        reply: oneshot::Sender<Result<Begun, Error>>,
+    },
     /// The row has changed: look at it.
     Look,
 }
