@@ -70,9 +70,9 @@ fn what_cannot_be_meant_is_refused() {
     insta::assert_snapshot!(bothy(&["vm", "set", "web"]), @r"
     125
     error: the following required arguments were not provided:
-      <--cpus <N>|--memory <SIZE>|--disk <SIZE>|--system-disk <SIZE>|--nat <WHETHER>|--egress <POLICY>|--publish <[ADDR:]HOSTPORT:GUESTPORT>|--unpublish <[ADDR:]HOSTPORT>|--idle <WHAT>|--after <TIME>>
+      <--cpus <N>|--memory <SIZE>|--disk <SIZE>|--system-disk <SIZE>|--nat <WHETHER>|--egress <POLICY>|--publish <[ADDR:]HOSTPORT:GUESTPORT>|--unpublish <[ADDR:]HOSTPORT>|--group <NAME>|--no-group <NAME>|--idle <WHAT>|--after <TIME>>
 
-    Usage: bothy vm set --socket <PATH> <--cpus <N>|--memory <SIZE>|--disk <SIZE>|--system-disk <SIZE>|--nat <WHETHER>|--egress <POLICY>|--publish <[ADDR:]HOSTPORT:GUESTPORT>|--unpublish <[ADDR:]HOSTPORT>|--idle <WHAT>|--after <TIME>> <VM>...
+    Usage: bothy vm set --socket <PATH> <--cpus <N>|--memory <SIZE>|--disk <SIZE>|--system-disk <SIZE>|--nat <WHETHER>|--egress <POLICY>|--publish <[ADDR:]HOSTPORT:GUESTPORT>|--unpublish <[ADDR:]HOSTPORT>|--group <NAME>|--no-group <NAME>|--idle <WHAT>|--after <TIME>> <VM>...
 
     For more information, try '--help'.
     ");
