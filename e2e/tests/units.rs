@@ -1,5 +1,5 @@
 //! The systemd units in `deploy/systemd`: systemd itself finds nothing wrong with them, and they fit the services, the
-//! users, the directories and the configuration that come with them. Nothing is booted here.
+//! users, the directories and the configuration that come with them. Nothing is booted here; `deploy.rs` does that.
 #![expect(clippy::unwrap_used, reason = "a test's own helpers: what fails in them is a failed test")]
 
 use bothy_config::Config;
@@ -74,7 +74,7 @@ impl Copy {
         let (bin, units) = (dir.path().join("bin"), dir.path().join("units"));
         fs_err::create_dir(&bin).unwrap();
         fs_err::create_dir(&units).unwrap();
-        for name in Service::ALL.map(Service::binary).into_iter().chain(["bothy"]) {
+        for name in Service::ALL.map(Service::binary).into_iter().chain(["bothy", "bothy-vmm"]) {
             symlink(binary(name), bin.join(name)).unwrap();
         }
         // systemd only looks whether it is there and can be run; the real one may be anywhere.
@@ -154,7 +154,8 @@ fn systemd_finds_what_is_wrong_with_broken_units() {
 
 #[test]
 fn every_service_has_a_unit_that_starts_its_binary() {
-    let mut expected: BTreeSet<String> = ["bothy-bus.service".to_owned(), "bothy.target".to_owned()].into();
+    let mut expected: BTreeSet<String> =
+        ["bothy-bus.service", "bothy-vms.service", "bothy.target"].map(str::to_owned).into();
     let wanted = words(&unit("bothy.target"), "Wants");
     for service in Service::ALL {
         let name = format!("{}.service", service.binary());
@@ -169,6 +170,7 @@ fn every_service_has_a_unit_that_starts_its_binary() {
     assert_eq!(unit_names().into_iter().collect::<BTreeSet<_>>(), expected);
     // Machines outlive the agent: nothing but the agent's own process may be stopped with it.
     assert_eq!(values(&unit("bothy-vm-agent.service"), "KillMode"), ["process"]);
+    assert!(words(&unit("bothy-vm-agent.service"), "Requires").contains("bothy-vms.service"));
     let bus = unit("bothy-bus.service");
     assert!(wanted.contains("bothy-bus.service"));
     assert_eq!(values(&bus, "ExecStartPre"), [format!("+{BIN}bothy host bus-setup --config {CONFIG}")]);
@@ -204,13 +206,12 @@ fn the_example_configuration_fits_the_units_and_the_defaults() {
             );
         }
     }
-    // A path that a unit may write to must exist when it starts, or it does not start. The bus' set-up makes its own.
+    // A path that a unit may write to must exist when it starts, or it does not start.
     let tmpfiles = fs_err::read_to_string(deploy().join("tmpfiles.d/bothy.conf")).unwrap();
     let made: BTreeSet<_> = tmpfiles
         .lines()
         .filter_map(|line| line.strip_prefix("d ")?.split_whitespace().next())
         .map(PathBuf::from)
-        .chain([config.bus_dir().join("jetstream")])
         .collect();
     for name in unit_names() {
         for path in words(&unit(&name), "ReadWritePaths") {
@@ -261,8 +262,12 @@ fn the_users_and_groups_of_the_units_and_directories_are_made() {
         assert_eq!(user.len(), 1, "{name}");
         assert!(user.is_subset(&users), "{name}: {user:?}");
         assert!(words(&unit, "SupplementaryGroups").is_subset(&groups), "{name}");
-        // The set-up gives an identity to the user named like the binary: another one could not read it.
-        let own = name.trim_end_matches(".service");
+        // The set-up gives an identity to the user named like the binary: another one could not read it. The place of the
+        // VMs' groups runs nothing and is the vm-agent's.
+        let own = match name.trim_end_matches(".service") {
+            "bothy-vms" => Service::Vm.binary(),
+            own => own,
+        };
         assert!(user.contains(own) || (user.contains("root") && !users.contains(own)), "{name}: {user:?}");
     }
     let tmpfiles = fs_err::read_to_string(deploy().join("tmpfiles.d/bothy.conf")).unwrap();

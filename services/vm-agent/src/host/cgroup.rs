@@ -1,8 +1,9 @@
 //! A control group per VM (cgroups(7), version 2): the bounds of holder and VMM, and a way to end all of a VM's processes
 //! for sure. A group's name follows from its VM, `bothy-vm-<id>`, so it is found and removed where every record is lost.
 //!
-//! Groups are made below the agent's own, which systemd has delegated to it (`Delegate=`), or which is the agent's as root.
-//! Which bounds there are depends on the controllers that the parent has; without any the groups still end processes.
+//! Under systemd groups are made in the unit `bothy-vms.service`, which is delegated to the agent (`Delegate=`) and is there for
+//! nothing else, so that they outlive the agent's own unit; elsewhere below the agent's own group, if it may. Which bounds
+//! there are depends on the controllers that the parent has; without any the groups still end processes.
 
 use super::{MIB, memory::overhead_mib};
 use crate::vmm::Accel;
@@ -17,9 +18,9 @@ use std::{
 const WANTED: [&str; 4] = ["cpu", "memory", "pids", "io"];
 /// The prefix of a group's name.
 const PREFIX: &str = "bothy-vm-";
-/// The group that systemd starts the agent in with `DelegateSubgroup=agent`: a group with processes of its own can have no
-/// controllers in groups below it.
-const OWN: &str = "agent";
+/// The unit beside the agent's that is the place of VMs' groups (deploy/systemd). Its one process is in a group below it too, so
+/// it can pass on controllers.
+const UNIT: &str = "bothy-vms.service";
 /// Threads of the VMM beside the guest's processors, the holder's, and some to spare.
 const TASKS: u32 = 128;
 /// How often and how long removal waits for the last process of a killed group to be gone.
@@ -39,16 +40,13 @@ impl Cgroups {
     /// # Errors
     /// Why there is none, in words.
     pub fn find() -> Result<Self, String> {
-        let read = |path: &str| fs_err::read_to_string(path).map_err(|e| e.to_string());
-        let mount = mount_point(&read("/proc/self/mountinfo")?).ok_or("cgroup v2 is not mounted")?;
-        let groups = read("/proc/self/cgroup")?;
-        let own = own_group(&groups).ok_or("this process is in no cgroup v2")?;
-        let own = mount.join(own.trim_start_matches('/'));
-        match own.file_name() {
-            Some(name) if name == OWN => Self::below(own.parent().unwrap_or(&own), true),
-            // Only the root of the hierarchy may have processes of its own and controllers in groups below it.
-            _ => Self::below(&own, own == mount),
+        let (mount, own) = own()?;
+        let unit = own.with_file_name(UNIT);
+        if own != mount && unit.is_dir() {
+            return Self::below(&unit, true);
         }
+        // Only the root of the hierarchy may have processes of its own and controllers in groups below it.
+        Self::below(&own, own == mount)
     }
 
     /// The same for groups below `parent`, which get controllers where it `may` pass them on.
@@ -129,6 +127,28 @@ impl Cgroups {
             tokio::time::sleep(PAUSE).await;
         }
     }
+}
+
+/// Where cgroup v2 is mounted, and the group of this process there.
+///
+/// # Errors
+/// Why there is none, in words.
+pub fn own() -> Result<(PathBuf, PathBuf), String> {
+    let read = |path: &str| fs_err::read_to_string(path).map_err(|e| e.to_string());
+    let mount = mount_point(&read("/proc/self/mountinfo")?).ok_or("cgroup v2 is not mounted")?;
+    let groups = read("/proc/self/cgroup")?;
+    let own = own_group(&groups).ok_or("this process is in no cgroup v2")?;
+    let own = mount.join(own.trim_start_matches('/'));
+    Ok((mount, own))
+}
+
+/// Moves this process into `group`, which is made if it is not there.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn enter(group: &Path) -> io::Result<()> {
+    make_dir(group)?;
+    fs_err::write(group.join("cgroup.procs"), std::process::id().to_string())
 }
 
 fn make_dir(path: &Path) -> io::Result<()> {

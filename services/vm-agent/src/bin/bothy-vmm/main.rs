@@ -5,12 +5,15 @@
 //!                  '-- bothy-vmm hold         a session of its own; answers on holder.sock; soon a child of init
 //!                           '-- bothy-vmm exec     asks the kernel to kill it with its parent, then becomes the VMM
 //! ```
+//! `bothy-vmm groups` is none of these: it is the process of `bothy-vms.service`.
+//!
 //! It does as little as it can, so that it need not be replaced under a running VM: no bus, no database, no guest protocol.
 
 mod exec;
 mod files;
 mod firecracker;
 mod gate;
+mod groups;
 mod hold;
 mod launch;
 mod link;
@@ -61,6 +64,8 @@ enum Command {
         #[arg(last = true, required = true)]
         argv: Vec<String>,
     },
+    /// Keeps the control group of its systemd unit for VMs' groups to be made in
+    Groups,
 }
 
 fn main() -> ExitCode {
@@ -71,6 +76,7 @@ fn main() -> ExitCode {
         }
         Command::Hold { lock, state } => hold::run(lock, state),
         Command::Exec { parent, argv } => exec::run(parent, &argv),
+        Command::Groups => groups::run(),
     }
 }
 
