@@ -3,16 +3,19 @@
 use crate::{
     images,
     leak::{Census, Kind, Scope, Thing},
+    ran::Ran,
+    resumed::{self, Warmed},
 };
 use bothy_config::Config;
 use bothy_contract::Service;
 use bothy_testkit::{ChildGuard, Netns, TempDir, binary, temp_dir};
 use nix::sys::signal::Signal;
 use std::{
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
     os::fd::AsRawFd,
     path::{Path, PathBuf},
-    process::{Command, Output, Stdio},
+    process::{Command, Stdio},
+    sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -30,55 +33,14 @@ pub struct Host {
     pub config: Config,
     up: Option<ChildGuard>,
     netns: Netns,
-    fresh: Census,
+    fresh: Mutex<Census>,
+    /// Where machines are to be resumed rather than booted.
+    warmed: Option<Warmed>,
     environment: Vec<(String, String)>,
     /// Where its programs are, if not where cargo puts them.
     programs: Option<PathBuf>,
     /// Last, so that it is removed after the processes that work in it are gone.
     dir: TempDir,
-}
-
-/// What a command printed and how it ended.
-#[derive(Debug)]
-pub struct Ran {
-    /// Its exit status; 128 + n where signal n ended it.
-    pub status: i32,
-    /// Standard output.
-    pub stdout: String,
-    /// Standard error.
-    pub stderr: String,
-}
-
-impl Ran {
-    fn new(output: Output) -> Self {
-        use std::os::unix::process::ExitStatusExt;
-        let status = output.status.code().or(output.status.signal().map(|s| 128 + s)).unwrap_or(-1);
-        Self {
-            status,
-            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
-            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
-        }
-    }
-
-    /// The same, if it ended well.
-    ///
-    /// # Panics
-    /// With all that it printed, if not.
-    #[track_caller]
-    pub fn ok(self) -> Self {
-        assert_eq!(self.status, 0, "the command failed\n{self:#?}");
-        self
-    }
-
-    /// The JSON that it printed.
-    ///
-    /// # Panics
-    /// If it failed or printed something else.
-    #[track_caller]
-    pub fn json(self) -> serde_json::Value {
-        let ran = self.ok();
-        serde_json::from_str(&ran.stdout).unwrap_or_else(|e| panic!("not JSON: {e}\n{ran:#?}"))
-    }
 }
 
 impl Host {
@@ -143,10 +105,16 @@ impl Host {
         });
         let mut config = configure(dir.path(), &netns);
         change(&mut config);
+        // A test that keeps templates of its own says how many.
+        let warmed = (resumed::wanted() && config.template.max == 0).then(Warmed::default);
+        if warmed.is_some() {
+            config.template.max = resumed::TEMPLATES;
+        }
         let environment = environment.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        let mut host = Self { config, up: None, netns, fresh: Census::default(), environment, programs, dir };
+        let fresh = Mutex::default();
+        let mut host = Self { config, up: None, netns, fresh, warmed, environment, programs, dir };
         host.up();
-        host.fresh = host.census();
+        host.take_for_granted();
         host
     }
 
@@ -223,6 +191,24 @@ impl Host {
 
     /// Runs `bothy` with `args` in directory `cwd`.
     pub fn bothy_in<S: AsRef<OsStr>>(&self, cwd: &Path, args: impl IntoIterator<Item = S>) -> Ran {
+        let args: Vec<OsString> = args.into_iter().map(|arg| arg.as_ref().to_owned()).collect();
+        let Some(warmed) = &self.warmed else { return self.just_bothy(cwd, &args) };
+        let warm = warmed.before(&args, |shape| {
+            let before = self.census();
+            let made =
+                self.just_bothy(cwd, ["image", "warm"].map(OsString::from).iter().chain(shape)).status == 0;
+            self.fresh.lock().unwrap_or_else(PoisonError::into_inner).add(self.census().since(&before));
+            made
+        });
+        let ran = self.just_bothy(cwd, &args);
+        // A `run` may go on in a machine that it has made before.
+        if warm && ran.status == 0 && args.first().is_some_and(|arg| arg == "vm") {
+            warmed.created();
+        }
+        ran
+    }
+
+    fn just_bothy<S: AsRef<OsStr>>(&self, cwd: &Path, args: impl IntoIterator<Item = S>) -> Ran {
         let mut command = self.command("bothy");
         command
             .args(args)
@@ -395,8 +381,9 @@ impl Host {
     pub fn leaks(&self) -> Vec<Thing> {
         let of_host = ["nats-server", "bothy host up"];
         let services: Vec<&str> = Service::ALL.iter().map(|s| s.binary()).chain(of_host).collect();
+        let fresh = self.fresh.lock().unwrap_or_else(PoisonError::into_inner);
         self.census()
-            .since(&self.fresh)
+            .since(&fresh)
             .into_iter()
             .filter(|t| !t.what.ends_with("(free)"))
             .filter(|t| !(t.kind == Kind::Process && services.iter().any(|s| t.what.contains(s))))
@@ -424,7 +411,7 @@ impl Host {
 
     /// Takes what is there now for what a fresh host has, so that it is not told again.
     pub fn take_for_granted(&mut self) {
-        self.fresh = self.census();
+        self.fresh = Mutex::new(self.census());
     }
 
     /// Waits until nothing is left of VMs and operations.
@@ -447,6 +434,9 @@ impl Host {
     #[track_caller]
     pub fn finish(mut self) {
         self.assert_no_leaks();
+        if let Some(creates) = self.warmed.as_ref().map(Warmed::creates) {
+            assert!(self.resumed() >= creates, "of {creates} machines only {} were resumed", self.resumed());
+        }
         self.down(&[]);
         let kinds = [
             Kind::Process,

@@ -110,6 +110,11 @@ impl Census {
         self.0.difference(&before.0).cloned().collect()
     }
 
+    /// Takes in all of `things`.
+    pub fn add(&mut self, things: Vec<Thing>) {
+        self.0.extend(things);
+    }
+
     /// Everything of `kinds`.
     pub fn of(&self, kinds: &[Kind]) -> Vec<Thing> {
         self.0.iter().filter(|t| kinds.contains(&t.kind)).cloned().collect()

@@ -22,4 +22,6 @@ pub mod leak;
 pub mod matrix;
 pub mod oci;
 pub mod otlp;
+pub mod ran;
 pub mod repo;
+pub mod resumed;
