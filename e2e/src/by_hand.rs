@@ -92,7 +92,7 @@ impl Recipe {
             kernel: image.join("vmlinux"),
             initrd,
             rootfs: image.join("rootfs.ext4"),
-            system: dir.join("system.ext4"),
+            system: Some(dir.join("system.ext4")),
             work: dir.join("work.ext4"),
             cpus: 1,
             memory_mib: 384,

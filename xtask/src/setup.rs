@@ -13,7 +13,7 @@ use std::{
 };
 
 /// Programs, or files where there is no program, with the package they are in.
-const NEEDED: [(&str, &str); 15] = [
+const NEEDED: [(&str, &str); 17] = [
     ("mmdebstrap", "mmdebstrap"),
     ("mkfs.ext4", "e2fsprogs"),
     ("dpkg-deb", "dpkg"),
@@ -28,6 +28,9 @@ const NEEDED: [(&str, &str); 15] = [
     ("nft", "nftables"),
     ("ip", "iproute2"),
     ("losetup", "mount"),
+    // File systems that share extents, for the tests of root disks.
+    ("mkfs.xfs", "xfsprogs"),
+    ("mkfs.btrfs", "btrfs-progs"),
     ("script", "bsdutils"),
     ("python3", "python3"),
 ];

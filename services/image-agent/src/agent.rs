@@ -2,7 +2,7 @@
 
 use crate::{
     build,
-    disks::Disks,
+    disks::{self, Disks},
     fault,
     initramfs::Initramfs,
     oci::{Blobs, Intake},
@@ -75,11 +75,17 @@ impl Agent {
                 "VMMs' users cannot pass this directory to reach their disks; `chmod o+x` it"
             );
         }
+        let root = disks::choose(config.image.root_disk, &store, &disks);
         // Slot n of the network is user uid_base + n (config), and there are no more slots than addresses.
         let slots = 1_u32.checked_shl(32 - u32::from(config.net.prefix)).unwrap_or(u32::MAX);
         Ok(Self {
             store: Store::new(&store),
-            disks: Disks::new(disks, templates, config.vm.uid_base..config.vm.uid_base.saturating_add(slots)),
+            disks: Disks::new(
+                disks,
+                templates,
+                root,
+                config.vm.uid_base..config.vm.uid_base.saturating_add(slots),
+            ),
             using: Arc::default(),
             healing: Arc::default(),
             grown: Grown::new(store.join("grown")),
@@ -123,6 +129,7 @@ impl Agent {
             wait: manifest.wait,
             digest,
             defaults: manifest.defaults,
+            root_disk: self.disks.root_disk(),
         })
     }
 

@@ -34,21 +34,32 @@ pub(crate) fn clone(from: &File, to: &File, size: u64) -> io::Result<How> {
     if size < length {
         return Err(io::Error::other(format!("{size} bytes are fewer than the {length} of what is cloned")));
     }
-    let how = match ioctl_ficlone(to, from) {
+    let how = match reflink(from, to) {
         Ok(()) => How::Reflink,
-        // Not this file system, not across two, or not these files (a full disk is no reason to copy instead).
-        Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::XDEV | Errno::INVAL | Errno::NOSYS | Errno::PERM) => {
+        Err(e) if is_refusal(&e) => {
             copy_data(from, to, length)?;
             How::Copy
         }
-        Err(e) => return Err(e.into()),
+        Err(e) => return Err(e),
     };
     to.set_len(size)?;
     Ok(how)
 }
 
+/// Makes `to`, an empty file, one that shares its extents with `from`.
+pub(crate) fn reflink(from: &File, to: &File) -> io::Result<()> {
+    Ok(ioctl_ficlone(to, from)?)
+}
+
+/// Whether `reflink` failed since extents are not shared here: not on this file system, not across two, or not by these files. A
+/// full disk, for one, is no reason to copy instead.
+pub(crate) fn is_refusal(err: &io::Error) -> bool {
+    let refusals = [Errno::OPNOTSUPP, Errno::NOTTY, Errno::XDEV, Errno::INVAL, Errno::NOSYS, Errno::PERM];
+    refusals.iter().any(|errno| err.raw_os_error() == Some(errno.raw_os_error()))
+}
+
 /// Copies the parts of `from` that hold data.
-fn copy_data(from: &File, to: &File, length: u64) -> io::Result<()> {
+pub(crate) fn copy_data(from: &File, to: &File, length: u64) -> io::Result<()> {
     let mut at = 0;
     while at < length {
         let start = match seek(from, SeekFrom::Data(at)) {

@@ -1,27 +1,27 @@
-//! The disks of VMs: `<service>/disks/<vm id>/` with `system.ext4`, `work.ext4` and the base that the first is laid over.
+//! The disks of VMs: `<service>/disks/<vm id>/` with `work.ext4` and what the root is kept on ([`root`]), mostly `system.ext4`
+//! and the base that it is laid over.
 //!
 //! A disk is made in full under another name, given to the VM's user and renamed: it is there whole or not at all.
 //! From then on only that user's VMM opens it; nothing here ever reads or mounts what a guest wrote. The base is a
 //! hard link to the image's rootfs: an overlay is only valid over the base it was begun with, and the link
 //! keeps that one, and its page cache, when the image is built anew.
 
+mod root;
 mod sizes;
 mod templates;
 
-use crate::{
-    build,
-    clone::{How, clone},
-    fault,
-    store::Store,
-};
+pub(crate) use root::choose;
+
+use crate::{build, fault};
 use bothy_contract::{
-    Code, Error, ImageName, VmId,
-    image::{Rootfs, WorkDisk},
+    Code, Error, VmId,
+    image::{RootDisk, WorkDisk},
 };
+use root::{check_size, make_clone};
 use std::{
     io,
     ops::Range,
-    os::unix::fs::{MetadataExt as _, PermissionsExt as _, fchown},
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
 };
@@ -29,6 +29,7 @@ use std::{
 const SYSTEM: &str = "system.ext4";
 const WORK: &str = "work.ext4";
 const BASE: &str = "rootfs.ext4";
+const ROOT: &str = "root.ext4";
 const MIB: u64 = 1 << 20;
 /// The largest disk, in MiB: as far as the seeds' file systems grow while mounted.
 pub(crate) const MAX_MIB: u64 = 4 << 20;
@@ -39,6 +40,8 @@ pub(crate) struct Disks {
     dir: PathBuf,
     /// Those of templates.
     templates: PathBuf,
+    /// What the roots of new VMs are kept on.
+    root: RootDisk,
     /// The users that VMMs run as.
     uids: Range<u32>,
     /// Held while disks grow.
@@ -70,43 +73,9 @@ impl Seed {
 }
 
 impl Disks {
-    /// Disks below `dir`, and those of templates below `templates`, for the VMMs' users `uids`.
-    pub(crate) fn new(dir: PathBuf, templates: PathBuf, uids: Range<u32>) -> Self {
-        Self { dir, templates, uids, growing: Arc::default() }
-    }
-
-    /// Makes a VM's base and system overlay ready.
-    pub(crate) fn rootfs(
-        &self,
-        store: &Store,
-        vm: VmId,
-        image: &ImageName,
-        uid: u32,
-        mib: u64,
-    ) -> Result<Rootfs, Error> {
-        self.check_uid(uid)?;
-        let home = self.dir.join(vm.to_string());
-        let (base, system) = (home.join(BASE), home.join(SYSTEM));
-        if self.keep(&system, uid, mib)? {
-            return Ok(Rootfs { base: self.base(&base, store, image)?, system });
-        }
-        let image = store.open(image)?;
-        let (seed, from) = image.artifact("system-seed")?;
-        check_size("the system overlay", mib, seed.size)?;
-        let (_, rootfs) = image.artifact("rootfs")?;
-        let failed = |e: io::Error| fault::io(format!("cannot make the system overlay of VM {vm}"), &e);
-        self.make_home(&home).map_err(failed)?;
-        let made = fs_err::File::open(from)
-            .and_then(|seed| self.make(&seed, &system, uid, mib))
-            .and_then(|_| link(&rootfs, &base));
-        match made {
-            Ok(base) => Ok(Rootfs { base, system }),
-            Err(e) => {
-                let _ = fs_err::remove_file(&system);
-                self.remove_empty(&home);
-                Err(failed(e))
-            }
-        }
+    /// Disks below `dir`, and those of templates below `templates`, roots kept on `root`, for the VMMs' users `uids`.
+    pub(crate) fn new(dir: PathBuf, templates: PathBuf, root: RootDisk, uids: Range<u32>) -> Self {
+        Self { dir, templates, root, uids, growing: Arc::default() }
     }
 
     /// Makes a VM's work disk ready, from what `seed` gives where it is not there yet. `seed` may make a directory with a dot
@@ -121,16 +90,21 @@ impl Disks {
         self.check_uid(uid)?;
         let home = self.dir.join(vm.to_string());
         let path = home.join(WORK);
-        if self.keep(&path, uid, mib)? {
-            return Ok(WorkDisk { path, how: "kept".to_owned() });
-        }
         let failed = |e: io::Error| fault::io(format!("cannot make the work disk of VM {vm}"), &e);
+        match fs_err::symlink_metadata(&path) {
+            Ok(meta) => {
+                self.keep(&path, meta.len(), uid, mib)?;
+                return Ok(WorkDisk { path, how: "kept".to_owned() });
+            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(failed(e)),
+        }
         self.make_home(&home).map_err(failed)?;
         let made = seed(&home).and_then(|seed| {
             let how = seed
                 .size()
-                .and_then(|size| check_size("the work disk", mib, size))
-                .and_then(|()| self.make(&seed.file, &path, uid, mib).map_err(failed));
+                .and_then(|size| check_size("work disk", mib, size))
+                .and_then(|()| make_clone(&seed.file, &path, uid, mib));
             if let Some(scratch) = &seed.scratch {
                 build::remove(scratch)?;
             }
@@ -142,7 +116,9 @@ impl Disks {
 
     /// Removes all disks of a VM, if it has any.
     pub(crate) fn release(&self, vm: VmId) -> Result<(), Error> {
-        match fs_err::remove_dir_all(self.dir.join(vm.to_string())) {
+        let home = self.dir.join(vm.to_string());
+        root::detach(vm, &home)?;
+        match fs_err::remove_dir_all(home) {
             Ok(()) => Ok(()),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(e) => Err(fault::io(format!("cannot remove the disks of VM {vm}"), &e)),
@@ -191,35 +167,24 @@ impl Disks {
             .hint("`vm.uid_base` must be the same for all services"))
     }
 
-    /// Whether the disk at `path` is there. Then it is given to `uid`, which may be another one than before.
-    fn keep(&self, path: &Path, uid: u32, mib: u64) -> Result<bool, Error> {
+    /// Takes up the disk with the file `path`, on which a guest sees `has` bytes, and gives it to `uid`, which may be another one
+    /// than before.
+    fn keep(&self, path: &Path, has: u64, uid: u32, mib: u64) -> Result<(), Error> {
         let failed = |e: io::Error| fault::io("cannot take up a disk", &e);
-        let meta = match fs_err::symlink_metadata(path) {
-            Ok(meta) => meta,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
-            Err(e) => return Err(failed(e)),
-        };
         // A larger one was grown by a change of the VM that was cut short before it was written down.
-        if meta.len() < mib.saturating_mul(MIB) {
-            let is = meta.len() / MIB;
+        if has < mib.saturating_mul(MIB) {
+            let is = has / MIB;
             return Err(Error::new(
                 Code::FailedPrecondition,
                 format!("{} is there with {is} MiB, not {mib}", path.display()),
             )
             .hint("`bothy vm set` grows the disks of a VM"));
         }
+        let meta = fs_err::symlink_metadata(path).map_err(failed)?;
         if meta.uid() != uid {
             std::os::unix::fs::lchown(path, Some(uid), None).map_err(failed)?;
         }
-        Ok(true)
-    }
-
-    fn base(&self, base: &Path, store: &Store, image: &ImageName) -> Result<PathBuf, Error> {
-        if base.is_file() {
-            return Ok(base.to_owned());
-        }
-        // Linking was not possible when it was made: see `link`.
-        Ok(store.open(image)?.artifact("rootfs")?.1)
+        Ok(())
     }
 
     /// The directory is root's; the VM's user can go through it and see only what is its own.
@@ -234,47 +199,18 @@ impl Disks {
         // One with something in it stays, and that is right.
         let _ = fs_err::remove_dir(home);
     }
-
-    fn make(&self, seed: &fs_err::File, path: &Path, uid: u32, mib: u64) -> io::Result<How> {
-        let dir = path.parent().unwrap_or(&self.dir);
-        let temp = tempfile::Builder::new()
-            .prefix(".disk-")
-            .permissions(std::fs::Permissions::from_mode(0o600))
-            .tempfile_in(dir)?;
-        let how = clone(seed.file(), temp.as_file(), mib * MIB)?;
-        fchown(temp.as_file(), Some(uid), None)?;
-        temp.persist_noclobber(path).map_err(|e| e.error)?;
-        Ok(how)
-    }
-}
-
-fn check_size(what: &str, mib: u64, seed: u64) -> Result<(), Error> {
-    let least = seed.div_ceil(MIB);
-    if (least..=MAX_MIB).contains(&mib) {
-        return Ok(());
-    }
-    Err(Error::invalid(format!("{what} cannot have {mib} MiB: it must be {least} to {MAX_MIB}")))
-}
-
-/// A hard link to `rootfs` at `base`; where the store is on another file system, `rootfs` itself.
-fn link(rootfs: &Path, base: &Path) -> io::Result<PathBuf> {
-    match fs_err::hard_link(rootfs, base) {
-        Ok(()) => Ok(base.to_owned()),
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(base.to_owned()),
-        Err(e) if e.kind() == io::ErrorKind::CrossesDevices => Ok(rootfs.to_owned()),
-        Err(e) => Err(e),
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::tests::plant;
+    use crate::store::{Store, tests::plant};
+    use bothy_contract::ImageName;
 
     pub(super) const UID: u32 = 780_001;
 
     pub(super) struct Host {
-        _dir: tempfile::TempDir,
+        _dir: Option<tempfile::TempDir>,
         pub(super) root: PathBuf,
         pub(super) store: Store,
         pub(super) disks: Disks,
@@ -298,19 +234,27 @@ mod tests {
         }
     }
 
-    fn host_at(dir: tempfile::TempDir, root: PathBuf) -> Host {
+    impl Host {
+        /// The same disks on a host that is set to keep roots on `kind`.
+        pub(super) fn with(&self, kind: RootDisk) -> Disks {
+            Disks { root: kind, ..self.disks.clone() }
+        }
+    }
+
+    /// A host with all it has below `root`, which keeps roots on `kind`.
+    pub(super) fn host_with(root: PathBuf, kind: RootDisk) -> Host {
         let store = Store::new(&root.join("store"));
         let image = plant(&store, "a", MIB).name;
-        let disks = Disks::new(root.join("disks"), root.join("templates"), 780_000..780_010);
+        let disks = Disks::new(root.join("disks"), root.join("templates"), kind, 780_000..780_010);
         fs_err::create_dir(root.join("disks")).unwrap();
         fs_err::create_dir(root.join("templates")).unwrap();
-        Host { _dir: dir, root, store, disks, image }
+        Host { _dir: None, root, store, disks, image }
     }
 
     pub(super) fn host() -> Host {
         let dir = tempfile::tempdir().unwrap();
-        let root = dir.path().to_owned();
-        host_at(dir, root)
+        let host = host_with(dir.path().to_owned(), RootDisk::Overlay);
+        Host { _dir: Some(dir), ..host }
     }
 
     #[test]
@@ -320,7 +264,7 @@ mod tests {
         let vm = VmId::new();
         let rootfs = h.disks.rootfs(&h.store, vm, &h.image, UID, 16).unwrap();
         let work = h.disks.work(&h.store, vm, &h.image, UID, 32).unwrap();
-        for (path, mib) in [(&rootfs.system, 16), (&work.path, 32)] {
+        for (path, mib) in [(rootfs.system.as_ref().unwrap(), 16), (&work.path, 32)] {
             let meta = fs_err::metadata(path).unwrap();
             assert_eq!((meta.uid(), meta.mode() & 0o777, meta.len()), (UID, 0o600, mib * MIB));
         }
@@ -401,7 +345,7 @@ mod tests {
             fs_err::create_dir(&root).unwrap();
             let flags = nix::mount::MsFlags::empty();
             nix::mount::mount(Some("full"), &root, Some("tmpfs"), flags, Some("size=3m")).unwrap();
-            let h = host_at(dir, root.clone());
+            let h = host_with(root.clone(), RootDisk::Overlay);
             let seed = h.store.dir_of(&h.image).join("work-seed.ext4");
             fs_err::write(&seed, vec![7; MIB as usize]).unwrap();
             crate::store::tests::replant(&h.store, &h.image);

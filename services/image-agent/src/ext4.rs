@@ -15,6 +15,18 @@ const SUPERBLOCK: u64 = 1024;
 const MAGIC: (usize, u16) = (0x38, 0xEF53);
 const INCOMPAT: usize = 0x60;
 const RECOVER: u32 = 0x4;
+const COMPAT: usize = 0x5c;
+const HAS_JOURNAL: u32 = 0x4;
+
+/// Whether the ext4 file system in the file or device at `path` has a journal.
+pub(crate) fn has_journal(path: &Path) -> Result<bool, Error> {
+    use fs_err::os::unix::fs::FileExt as _;
+    let mut word = [0; 4];
+    fs_err::File::open(path)
+        .and_then(|file| file.read_exact_at(&mut word, SUPERBLOCK + COMPAT as u64))
+        .map_err(|e| fault::io("cannot read a root file system", &e))?;
+    Ok(u32::from_le_bytes(word) & HAS_JOURNAL != 0)
+}
 
 /// Checks that the file at `path` is an ext4 file system that can be mounted as it is.
 pub(crate) fn check(path: &Path) -> Result<(), Error> {

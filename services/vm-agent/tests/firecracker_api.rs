@@ -176,7 +176,7 @@ fn plan() -> VmPlan {
         kernel: "/store/vmlinux".into(),
         initrd: "/store/initrd".into(),
         rootfs: "/store/rootfs.img".into(),
-        system: "/disks/system.img".into(),
+        system: Some("/disks/system.img".into()),
         work: "/disks/work.img".into(),
         cpus: 2,
         memory_mib: 512,

@@ -53,7 +53,7 @@ fn plan_of(host: &Host, vm: VmId) -> VmPlan {
         kernel: at("vmlinux"),
         initrd: at("initrd"),
         rootfs: at("rootfs"),
-        system: at("system"),
+        system: Some(at("system")),
         work: at("work"),
         cpus: 1,
         memory_mib: 128,

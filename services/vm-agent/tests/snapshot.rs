@@ -57,7 +57,7 @@ fn another(host: &Host, plan: &VmPlan, (tap, uid): (&str, u32), from: Origin) ->
         vm,
         name: format!("another-{uid}"),
         dir: host.dir.path().join(&vm.to_string()[24..]),
-        system: copy(&plan.system),
+        system: plan.system.as_deref().map(copy),
         work: copy(&plan.work),
         tap: tap.into(),
         uid,

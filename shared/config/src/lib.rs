@@ -4,7 +4,7 @@
 //! owns one directory below `state_dir`, `<state_dir>/<binary name without bothy->`, mode 0700, and opens nobody
 //! else's. Sockets that others connect to are in `run_dir`.
 
-use bothy_contract::{Error, HostToken, Service};
+use bothy_contract::{Error, HostToken, Service, image::RootDisk};
 use serde::{Deserialize, Serialize};
 use std::{
     net::Ipv4Addr,
@@ -178,6 +178,37 @@ pub struct Image {
     pub guest_binary: PathBuf,
     /// The network namespace that image builds download in, where the services live in one without a way out.
     pub build_netns: Option<PathBuf>,
+    /// What the roots of new VMs are kept on: `overlay`, `reflink`, `dm-snapshot`, `copy`, or `auto`.
+    pub root_disk: RootDiskChoice,
+}
+
+/// What the roots of new VMs are kept on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RootDiskChoice {
+    /// `reflink` where the file system of the state directory can share extents, else `overlay`.
+    Auto,
+    /// Overlays over the image's rootfs.
+    Overlay,
+    /// Clones that share extents, or nothing.
+    Reflink,
+    /// Snapshots by the device mapper, or nothing.
+    DmSnapshot,
+    /// Copies.
+    Copy,
+}
+
+impl RootDiskChoice {
+    /// The one that is named; `None` for `auto`.
+    pub fn named(self) -> Option<RootDisk> {
+        match self {
+            Self::Auto => None,
+            Self::Overlay => Some(RootDisk::Overlay),
+            Self::Reflink => Some(RootDisk::Reflink),
+            Self::DmSnapshot => Some(RootDisk::DmSnapshot),
+            Self::Copy => Some(RootDisk::Copy),
+        }
+    }
 }
 
 impl Default for Image {
@@ -186,6 +217,7 @@ impl Default for Image {
             recipe_dir: "/usr/share/bothy/images".into(),
             guest_binary: "/usr/libexec/bothy/bothy-guest".into(),
             build_netns: None,
+            root_disk: RootDiskChoice::Overlay,
         }
     }
 }
@@ -316,6 +348,10 @@ mod tests {
         let back: Config = toml::from_str(&config.to_toml().unwrap()).unwrap();
         assert_eq!(config, back);
         assert!(toml::from_str::<Config>("state_dir = '/a'\nrun_dir = '/b'\nno_such = 1").is_err());
+        let root = |word| toml::from_str::<Image>(&format!("root_disk = '{word}'"));
+        assert_eq!(root("dm-snapshot").unwrap().root_disk.named(), Some(RootDisk::DmSnapshot));
+        assert_eq!(root("auto").unwrap().root_disk.named(), None);
+        assert!(root("qcow2").unwrap_err().to_string().contains("expected one of `auto`, `overlay`"));
         let long = Config::new("/a", format!("/{}", "x".repeat(64)));
         assert!(long.check().unwrap_err().message.contains("longer than 64 bytes"));
         assert!(Config::new("a", "/b").check().is_err());

@@ -215,6 +215,40 @@ pub struct BootSet {
     /// What commands get in its VMs where nothing else is said.
     #[serde(default, skip_serializing_if = "Defaults::is_empty")]
     pub defaults: Defaults,
+    /// What the roots of new VMs are kept on.
+    #[serde(default, skip_serializing_if = "RootDisk::is_overlay")]
+    pub root_disk: RootDisk,
+}
+
+/// What a VM's root is kept on, and what the guest writes to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RootDisk {
+    /// The image's rootfs, shared and read-only, and a disk of the VM's own that the guest lays over it.
+    #[default]
+    Overlay,
+    /// A clone of the image's rootfs that shares its extents until either is written to.
+    Reflink,
+    /// A snapshot by the device mapper: blocks that the guest writes go to a file of the VM's own.
+    DmSnapshot,
+    /// A copy of the image's rootfs, holes left out.
+    Copy,
+}
+
+impl RootDisk {
+    /// Its name in the configuration and in messages.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Overlay => "overlay",
+            Self::Reflink => "reflink",
+            Self::DmSnapshot => "dm-snapshot",
+            Self::Copy => "copy",
+        }
+    }
+
+    fn is_overlay(&self) -> bool {
+        *self == Self::Overlay
+    }
 }
 
 /// Makes the rootfs of a VM ready: the shared read-only base and the VM's own system overlay. Idempotent.
@@ -269,10 +303,12 @@ pub struct FrozenDisks {
 /// The disks of a VM's root.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rootfs {
-    /// The image's rootfs, shared and read-only.
+    /// The image's rootfs, shared and read-only. Where there is no overlay, the VM's own root, a file or a block device, which
+    /// the guest writes to.
     pub base: PathBuf,
     /// The VM's own overlay.
-    pub system: PathBuf,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub system: Option<PathBuf>,
 }
 
 /// Makes a VM's work disk: a clone of the image's work-seed. Idempotent: a work disk that is there is kept.
@@ -354,4 +390,7 @@ pub struct DiskUsage {
     pub system_size: u64,
     /// What of the system overlay is allocated.
     pub system_allocated: u64,
+    /// The VM has a root of its own and no overlay: the last two are of that.
+    #[serde(default)]
+    pub own_root: bool,
 }

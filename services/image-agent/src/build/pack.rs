@@ -66,9 +66,17 @@ pub(crate) async fn work_seed(with: &Stage, image: &Path, home: &Path) -> Result
     seed(with, image, "work", Some(home)).await
 }
 
-/// Grows the file system in `image`, one of those above, to the size of the file.
+/// Grows the file system in `image`, one that no guest has written to, to the size of the file or device.
 pub(crate) async fn grow(with: &Stage, image: &Path) -> Result<(), Error> {
-    let tool = Tool::new("resize2fs", "e2fsprogs", DEADLINE).arg(image);
+    // Forced: one that was ever mounted is else to be checked first, whether it was unmounted cleanly or not.
+    let tool = Tool::new("resize2fs", "e2fsprogs", DEADLINE).arg("-f").arg(image);
+    tool.run(&with.cancel, |_| ()).await.map(drop)
+}
+
+/// Gives the file system in `image` a journal.
+pub(crate) async fn add_journal(with: &Stage, image: &Path) -> Result<(), Error> {
+    let size = format!("size={SEED_JOURNAL_MIB}");
+    let tool = Tool::new("tune2fs", "e2fsprogs", DEADLINE).args(["-J", &size]).arg(image);
     tool.run(&with.cancel, |_| ()).await.map(drop)
 }
 

@@ -3,9 +3,12 @@
 //! Growing is a larger length of the file and nothing else: its new part is a hole. It may be done under a running VMM, which
 //! is then told of the new size, and whose guest grows its file system; done before a start, the guest does so as it boots.
 
-use super::{Disks, MAX_MIB, MIB, SYSTEM, WORK};
+use super::{Disks, MAX_MIB, MIB, SYSTEM, WORK, root};
 use crate::fault;
-use bothy_contract::{Code, Error, VmId, image::DiskUsage};
+use bothy_contract::{
+    Code, Error, VmId,
+    image::{DiskUsage, RootDisk},
+};
 use std::{
     collections::BTreeMap,
     io,
@@ -27,20 +30,25 @@ impl Disks {
         let home = self.dir.join(vm.to_string());
         // Between the look and the change nobody else may grow the same disk further.
         let _one = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
-        let disks = [("work disk", WORK, work_mib), ("system overlay", SYSTEM, system_mib)];
+        let root = root::there(&home);
+        let root_name = root.map_or(SYSTEM, |root| root.file());
+        let disks = [
+            ("work disk", WORK, None, work_mib),
+            (root.map_or("system overlay", |root| root.what()), root_name, root, system_mib),
+        ];
         let mut small = Vec::new();
-        for (what, name, mib) in disks {
+        for (what, name, backend, mib) in disks {
             let file = open(&home.join(name)).map_err(|e| match e.kind() {
                 io::ErrorKind::NotFound => Error::not_found(format!("VM {vm} has no {what}")),
                 _ => fault::io(format!("cannot open the {what} of VM {vm}"), &e),
             })?;
-            let meta = file
-                .metadata()
-                .map_err(|e| fault::io(format!("cannot look at the {what} of VM {vm}"), &e))?;
-            let (has, wants) = (meta.len(), mib.saturating_mul(MIB));
+            let cannot_look = |e: io::Error| fault::io(format!("cannot look at the {what} of VM {vm}"), &e);
+            let meta = file.metadata().map_err(cannot_look)?;
             if !meta.is_file() {
                 return Err(Error::new(Code::Internal, format!("the {what} of VM {vm} is not a file")));
             }
+            let has = backend.map_or(Ok(meta.len()), |backend| backend.size(&home)).map_err(cannot_look)?;
+            let wants = mib.saturating_mul(MIB);
             if mib > MAX_MIB {
                 return Err(Error::invalid(format!(
                     "the {what} of VM {vm} cannot have {mib} MiB: the most is {MAX_MIB}"
@@ -54,11 +62,12 @@ impl Disks {
                 .hint("disks only grow; a smaller one takes a new VM"));
             }
             if wants > has {
-                small.push((what, file, wants));
+                small.push((what, file, backend, wants));
             }
         }
-        for (what, file, wants) in small {
-            file.set_len(wants).map_err(|e| fault::io(format!("cannot grow the {what} of VM {vm}"), &e))?;
+        for (what, file, backend, wants) in small {
+            let grown = backend.map_or_else(|| file.set_len(wants), |of| of.grow(vm, &home, wants));
+            grown.map_err(|e| fault::io(format!("cannot grow the {what} of VM {vm}"), &e))?;
         }
         Ok(())
     }
@@ -75,23 +84,29 @@ impl Disks {
         let mut usage = BTreeMap::new();
         for vm in vms {
             let home = self.dir.join(vm.to_string());
-            let look = |name| {
-                size(&home.join(name)).map_err(|e| fault::io(format!("cannot look at a disk of VM {vm}"), &e))
-            };
-            let (work, system) = (look(WORK)?, look(SYSTEM)?);
+            let cannot_look = |e: io::Error| fault::io(format!("cannot look at a disk of VM {vm}"), &e);
+            let look = |name| size(&home.join(name)).map_err(cannot_look);
+            let root = root::there(&home);
+            let (work, system) = (look(WORK)?, root.map_or(Ok(None), |root| look(root.file()))?);
             if work.is_none() && system.is_none() {
                 continue;
             }
             let (work_size, work_allocated) = work.unwrap_or_default();
-            let (system_size, system_allocated) = system.unwrap_or_default();
-            usage.insert(*vm, DiskUsage { work_size, work_allocated, system_size, system_allocated });
+            let (_, system_allocated) = system.unwrap_or_default();
+            let system_size = match (root, system) {
+                (Some(root), Some(_)) => root.size(&home).map_err(cannot_look)?,
+                _ => 0,
+            };
+            let own_root = root.is_some_and(|root| !matches!(root.kind(), RootDisk::Overlay));
+            let disks = DiskUsage { work_size, work_allocated, system_size, system_allocated, own_root };
+            usage.insert(*vm, disks);
         }
         Ok(usage)
     }
 }
 
 /// Its directory is root's, so what is there is what we put there; a link or a device is refused all the same.
-fn open(path: &Path) -> io::Result<fs_err::File> {
+pub(super) fn open(path: &Path) -> io::Result<fs_err::File> {
     let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
     let flags = i32::try_from(flags.bits()).map_err(io::Error::other)?;
     let mut options = fs_err::OpenOptions::new();

@@ -5,7 +5,10 @@
 //! the template's own file, moved here once its VMM has ended; it is root's, nothing ever opens it to write, and each VM gets a
 //! clone. A directory is a template once it has that name: it is filled under another one.
 
-use super::{BASE, Disks, SYSTEM, WORK, check_size};
+use super::{
+    BASE, Disks, ROOT, SYSTEM, WORK, check_size, make_clone,
+    root::{self, Place},
+};
 use crate::fault;
 use bothy_contract::{
     Code, Error, VmId,
@@ -34,19 +37,19 @@ impl Disks {
             fs_err::create_dir_all(&half).map_err(failed)?;
             fs_err::set_permissions(&half, std::fs::Permissions::from_mode(0o700)).map_err(failed)?;
             // A crash may have come between the two moves, or after them.
-            for name in [BASE, SYSTEM] {
+            for name in [BASE, SYSTEM, ROOT] {
                 match fs_err::rename(home.join(name), half.join(name)) {
                     Err(e) if e.kind() == io::ErrorKind::NotFound => {}
                     moved => moved.map_err(failed)?,
                 }
             }
-            let system = half.join(SYSTEM);
-            if !system.exists() {
+            let Some(backend) = root::there(&half) else {
                 // Only what is empty: a base without its overlay is swept.
                 let _ = fs_err::remove_dir(&half);
-                return Err(Error::not_found(format!("VM {vm} has no system overlay to freeze")));
-            }
-            if !half.join(BASE).exists() {
+                return Err(Error::not_found(format!("VM {vm} has no root disk to freeze")));
+            };
+            let system = half.join(backend.file());
+            if backend.has_base() && !half.join(BASE).exists() {
                 let no_base =
                     format!("VM {vm} has no base of its own: the images are on another file system");
                 return Err(Error::new(Code::FailedPrecondition, no_base));
@@ -56,7 +59,8 @@ impl Disks {
             fs_err::rename(&half, &to).map_err(failed)?;
         }
         self.release(vm)?;
-        let meta = fs_err::symlink_metadata(to.join(SYSTEM))
+        let file = root::there(&to).map_or(SYSTEM, |backend| backend.file());
+        let meta = fs_err::symlink_metadata(to.join(file))
             .map_err(|e| fault::io(format!("cannot look at the disks of template {vm}"), &e))?;
         Ok(FrozenDisks { allocated: meta.blocks() * 512 })
     }
@@ -98,30 +102,32 @@ impl Disks {
     ) -> Result<Rootfs, Error> {
         self.check_uid(uid)?;
         let (from, home) = (self.template(template), self.dir.join(vm.to_string()));
-        let (base, system) = (home.join(BASE), home.join(SYSTEM));
-        let failed = |e: io::Error| fault::io(format!("cannot make the system overlay of VM {vm}"), &e);
-        let size = match fs_err::symlink_metadata(from.join(SYSTEM)) {
-            Ok(meta) => meta.len(),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                return Err(Error::not_found(format!("there are no disks of template {template}")));
-            }
-            Err(e) => return Err(failed(e)),
+        let place = Place { vm, home, uid };
+        let Some(backend) = root::there(&from) else {
+            return Err(Error::not_found(format!("there are no disks of template {template}")));
         };
-        check_size("the system overlay", mib, size)?;
-        self.make_home(&home).map_err(failed)?;
-        if self.keep(&system, uid, mib)? {
-            return Ok(Rootfs { base, system });
+        let failed = |e: io::Error| fault::io(format!("cannot make the {} of VM {vm}", backend.what()), &e);
+        check_size(backend.what(), mib, backend.size(&from).map_err(failed)?)?;
+        if let Some(kept) = root::there(&place.home) {
+            self.keep_root(kept, &place, mib)?;
+            return kept.attach(&place);
         }
-        // The base first: an overlay without the base it was begun with is worth nothing.
-        let made = super::link(&from.join(BASE), &base)
-            .and_then(|_| fs_err::File::open(from.join(SYSTEM)))
-            .and_then(|seed| self.make(&seed, &system, uid, mib));
-        match made {
-            Ok(_) => Ok(Rootfs { base, system }),
+        self.make_home(&place.home).map_err(failed)?;
+        let base = place.home.join(BASE);
+        let make = || {
+            if backend.has_base() {
+                // First: an overlay without the base it was begun with is worth nothing.
+                root::link(&from.join(BASE), &base).map_err(failed)?;
+            }
+            let frozen = fs_err::File::open(from.join(backend.file())).map_err(failed)?;
+            make_clone(&frozen, &place.home.join(backend.file()), uid, mib)
+        };
+        match make() {
+            Ok(_) => backend.attach(&place),
             Err(e) => {
                 let _ = fs_err::remove_file(&base);
-                self.remove_empty(&home);
-                Err(failed(e))
+                self.remove_empty(&place.home);
+                Err(e)
             }
         }
     }
@@ -186,8 +192,13 @@ mod tests {
         let work = h.disks.placeholder(maker, UID).unwrap();
         assert_eq!(fs_err::metadata(&work.path).unwrap().len(), PLACEHOLDER);
         let base = fs_err::metadata(&made.base).unwrap().ino();
-        fs_err::write(&made.system, vec![7; 5000]).unwrap();
-        fs_err::File::options().write(true).open(&made.system).unwrap().set_len(16 * MIB).unwrap();
+        fs_err::write(made.system.as_ref().unwrap(), vec![7; 5000]).unwrap();
+        fs_err::File::options()
+            .write(true)
+            .open(made.system.as_ref().unwrap())
+            .unwrap()
+            .set_len(16 * MIB)
+            .unwrap();
         let frozen = h.disks.freeze(maker).unwrap();
         assert_eq!(h.disks.freeze(maker).unwrap(), frozen, "again is the same");
         assert!(frozen.allocated >= 5000);
@@ -201,11 +212,11 @@ mod tests {
             let vm = VmId::new();
             let root = h.disks.rootfs_of_template(maker, vm, UID + n, size).unwrap();
             assert_eq!(h.disks.rootfs_of_template(maker, vm, UID + n, size).unwrap(), root, "kept");
-            let meta = fs_err::metadata(&root.system).unwrap();
+            let meta = fs_err::metadata(root.system.as_ref().unwrap()).unwrap();
             assert_eq!((meta.uid(), meta.mode() & 0o777, meta.len()), (UID + n, 0o600, size * MIB));
-            assert!(fs_err::read(&root.system).unwrap().starts_with(&before[..5000]));
+            assert!(fs_err::read(root.system.as_ref().unwrap()).unwrap().starts_with(&before[..5000]));
             assert_eq!(fs_err::metadata(&root.base).unwrap().ino(), base, "the same page cache");
-            fs_err::write(&root.system, "a guest's writes").unwrap();
+            fs_err::write(root.system.as_ref().unwrap(), "a guest's writes").unwrap();
         }
         assert_eq!(fs_err::read(&system).unwrap(), before);
         h.disks.forget_template(maker).unwrap();

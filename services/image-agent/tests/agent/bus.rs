@@ -45,7 +45,7 @@ async fn images_and_disks_over_the_bus() {
     let rootfs = vm_agent.call::<ImageRootfsPrepare>(&ask).await.unwrap();
     let ask = PrepareWorkDisk { vm, image: image.clone(), uid, work_mib: 128, placeholder: false };
     let work = vm_agent.call::<ImageWorkDiskPrepare>(&ask).await.unwrap();
-    for (path, mib) in [(&rootfs.system, 64), (&work.path, 128)] {
+    for (path, mib) in [(rootfs.system.as_ref().unwrap(), 64), (&work.path, 128)] {
         let meta = fs_err::metadata(path).unwrap();
         assert_eq!((meta.uid(), meta.len(), meta.mode() & 0o777), (uid, mib * MIB, 0o600));
     }

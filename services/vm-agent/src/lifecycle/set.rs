@@ -14,8 +14,8 @@ use crate::{
 };
 use bothy_contract::{
     Error, GroupName, VmId,
-    image::GrowDisks,
-    methods::{ImageDisksGrow, NetEgressSet, NetGroupsSet, NetPortsPublish},
+    image::{GetDiskUsage, GrowDisks},
+    methods::{ImageDisksGrow, ImageDisksUsage, NetEgressSet, NetGroupsSet, NetPortsPublish},
     net::{Egress, Publish, PublishPorts, SetEgress},
     net_group::{Membership, SetGroups, check_groups},
     vm::{Idle, SetVm, Shape},
@@ -110,7 +110,11 @@ pub(crate) fn add(g: &mut Graph, agent: &Agent, vm: VmId, change: Change) {
     let resized = g.stage("resize_vmm", grown, move |cx, ()| async move {
         let Some(live) = living_if(&a, vm, grows).await? else { return Ok(()) };
         let shape = a.vm(vm).await?.facts.shape;
-        for (serial, mib) in [("work", shape.work_mib), ("system", shape.system_mib)] {
+        let of = GetDiskUsage { vms: vec![vm] };
+        let disks = a.bus.call::<ImageDisksUsage>(&of).await?.disks;
+        let own_root = disks.get(&vm).is_some_and(|disks| disks.own_root);
+        let root = if own_root { "rootfs" } else { "system" };
+        for (serial, mib) in [("work", shape.work_mib), (root, shape.system_mib)] {
             let verb = live.driver()?.resize_disk(serial, mib << 20);
             live.place.holder(&a.config, vm).perform(&verb).await?;
         }

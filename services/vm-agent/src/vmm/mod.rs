@@ -65,10 +65,10 @@ pub struct VmPlan {
     pub kernel: PathBuf,
     /// The initramfs with `bothy-guest` as `/init`.
     pub initrd: PathBuf,
-    /// The shared rootfs, opened read-only.
+    /// The shared rootfs, opened read-only; without a system disk the VM's own, which the guest writes to.
     pub rootfs: PathBuf,
     /// The VM's own disk for writes to the rootfs.
-    pub system: PathBuf,
+    pub system: Option<PathBuf>,
     /// The VM's own disk for the guest's home.
     pub work: PathBuf,
     /// Virtual processors.
@@ -92,6 +92,16 @@ pub struct VmPlan {
     pub accel: Accel,
     /// The host's time-stamp counter in kHz, where it is known and constant.
     pub tsc_khz: Option<u32>,
+}
+
+impl VmPlan {
+    /// Its disks in the order in which the guest finds them: serial, file, and whether it is only read.
+    fn disks(&self) -> impl Iterator<Item = (&'static str, &Path, bool)> {
+        let system = self.system.as_deref();
+        let rootfs = ("rootfs", self.rootfs.as_path(), system.is_some());
+        let system = system.map(|path| ("system", path, false));
+        [Some(rootfs), system, Some(("work", self.work.as_path(), false))].into_iter().flatten()
+    }
 }
 
 /// What a driver can do beside booting and ending a VM.

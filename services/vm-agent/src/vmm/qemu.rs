@@ -227,12 +227,9 @@ impl Driver for QemuMicrovm {
             // Stopped, and loaded once the holder says so: its ports must be connected before.
             add(&["-S", "-incoming", "defer"]);
         }
-        for (serial, path, options) in [
-            ("rootfs", &plan.rootfs, ",readonly=on"),
+        for (serial, path, read_only) in plan.disks() {
             // The guest's discards make holes, so that deleted files give their space back.
-            ("system", &plan.system, ",discard=unmap"),
-            ("work", &plan.work, ",discard=unmap"),
-        ] {
+            let options = if read_only { ",readonly=on" } else { ",discard=unmap" };
             add(&["-drive", &format!("id={serial},file={},format=raw,if=none{options}", value(path)?)]);
             add(&["-device", &format!("virtio-blk-device,drive={serial},serial={serial}")]);
         }
@@ -318,7 +315,7 @@ mod tests {
             kernel: "/store/vmlinux".into(),
             initrd: "/store/initrd".into(),
             rootfs: "/store/root,fs.img".into(),
-            system: "/disks/system.img".into(),
+            system: Some("/disks/system.img".into()),
             work: "/disks/work.img".into(),
             cpus: 2,
             memory_mib: 512,
@@ -339,6 +336,14 @@ mod tests {
         assert_eq!((spec.uid, spec.gid, spec.vmm.as_str()), (780_000, 780_000, "qemu-microvm 10.0.2"));
         spec.check().unwrap();
         insta::assert_snapshot!(spec.argv.join("\n").replace("\n-", "\n\n-"));
+    }
+
+    #[test]
+    fn a_root_of_the_vms_own_is_written_to() {
+        let driver = QemuMicrovm::new("qemu", "10.0.2");
+        let argv = driver.launch_spec(&VmPlan { system: None, ..plan() }).unwrap().argv;
+        assert!(argv.contains(&"id=rootfs,file=/store/root,,fs.img,format=raw,if=none,discard=unmap".into()));
+        assert!(!argv.iter().any(|word| word.contains("serial=system")), "{argv:?}");
     }
 
     #[test]

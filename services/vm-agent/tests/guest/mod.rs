@@ -90,7 +90,7 @@ pub(crate) fn plan(host: &Host, accel: Accel) -> Option<VmPlan> {
         kernel: at("vmlinux"),
         initrd: at("initrd"),
         rootfs: at("rootfs.ext4"),
-        system: at("system-seed.ext4"),
+        system: Some(at("system-seed.ext4")),
         work: at("work-seed.ext4"),
         cpus: 1,
         memory_mib: 384,

@@ -38,7 +38,10 @@ pub(crate) fn key(boot: &BootSet, choice: &Choice, tsc_khz: Option<u32>, shape: 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bothy_contract::{ImageName, image::InitStyle};
+    use bothy_contract::{
+        ImageName,
+        image::{InitStyle, RootDisk},
+    };
     use bothy_vm_agent::vmm::QemuMicrovm;
     use std::sync::Arc;
 
@@ -53,6 +56,7 @@ mod tests {
             wait: vec![],
             digest: "d".into(),
             defaults: Default::default(),
+            root_disk: RootDisk::Overlay,
         };
         let choice = |version: &str| Choice {
             driver: Arc::new(QemuMicrovm::new("qemu", version)),
@@ -66,6 +70,7 @@ mod tests {
         assert_eq!(key(&boot, &qemu, None, &Shape { work_mib: 99, ..shape.clone() }), first);
         for other in [
             key(&BootSet { digest: "e".into(), ..boot.clone() }, &qemu, None, &shape),
+            key(&BootSet { root_disk: RootDisk::Copy, ..boot.clone() }, &qemu, None, &shape),
             key(&BootSet { initrd: "/j".into(), ..boot.clone() }, &qemu, None, &shape),
             key(&boot, &choice("7.2.1"), None, &shape),
             key(&boot, &qemu, Some(2_400_000), &shape),

@@ -30,8 +30,6 @@ pub use version::Version;
 const CID: u32 = 3;
 /// The layout of the devices of a guest: another one cannot go on from what was saved of this.
 const LAYOUT: u32 = 1;
-/// Which disk is which, in the order in which the guest finds them.
-const DISKS: &str = "rootfs,system,work";
 
 /// The driver for Firecracker.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -79,10 +77,12 @@ impl Firecracker {
 }
 
 /// The kernel's command line. The keyboard controller is what a reset goes through (`reboot=k`); there is no PCI to look for.
-fn kernel_command_line() -> String {
+fn kernel_command_line(plan: &VmPlan) -> String {
+    let disks: Vec<_> = plan.disks().map(|(serial, ..)| serial).collect();
+    let disks = disks.join(",");
     format!(
         "console=ttyS0 panic=-1 reboot=k quiet cryptomgr.notests pci=off i8042.noaux i8042.nomux i8042.nopnp \
-         i8042.dumbkbd bothy.disks={DISKS} bothy.end=reset"
+         i8042.dumbkbd bothy.disks={disks} bothy.end=reset"
     )
 }
 
@@ -140,7 +140,7 @@ fn requests(plan: &VmPlan) -> Vec<Request> {
         })
     };
     let [logger, metrics] = outputs(plan);
-    vec![
+    let mut requests = vec![
         logger,
         metrics,
         Request::machine(&MachineConfig {
@@ -152,12 +152,12 @@ fn requests(plan: &VmPlan) -> Vec<Request> {
         Request::boot_source(&BootSource {
             kernel_image_path: plan.kernel.clone(),
             initrd_path: Some(plan.initrd.clone()),
-            boot_args: Some(kernel_command_line()),
+            boot_args: Some(kernel_command_line(plan)),
         }),
-        // In the order of DISKS.
-        drive("rootfs", true),
-        drive("system", false),
-        drive("work", false),
+    ];
+    // In the order of the kernel's command line.
+    requests.extend(plan.disks().map(|(serial, _, read_only)| drive(serial, read_only)));
+    requests.extend([
         Request::network(&NetworkInterface {
             iface_id: INTERFACE.into(),
             host_dev_name: plan.tap.clone(),
@@ -167,7 +167,8 @@ fn requests(plan: &VmPlan) -> Vec<Request> {
         Request::entropy(&Entropy {}),
         Request::balloon(&Balloon { amount_mib: 0, deflate_on_oom: true, stats_polling_interval_s: 0 }),
         Request::action(Action::InstanceStart),
-    ]
+    ]);
+    requests
 }
 
 impl Driver for Firecracker {
@@ -206,7 +207,8 @@ impl Driver for Firecracker {
             ))
             .hint("ask for fewer, or set `vm.driver` to `qemu-microvm` in bothy.toml"));
         }
-        for path in [&plan.dir, &plan.kernel, &plan.initrd, &plan.rootfs, &plan.system, &plan.work] {
+        let disks = plan.disks().map(|(_, path, _)| path);
+        for path in disks.chain([plan.dir.as_path(), &plan.kernel, &plan.initrd]) {
             text(path)?;
         }
         let bytes = plan.memory_mib << 20;
@@ -243,9 +245,7 @@ impl Driver for Firecracker {
             cgroup: None,
             memory,
             restore: from.map(|from| Restore { state: from.state.clone(), memory_apart: true }),
-            disks: [("rootfs", &plan.rootfs), ("system", &plan.system), ("work", &plan.work)]
-                .map(|(serial, file)| (serial.to_owned(), file.clone()))
-                .into(),
+            disks: plan.disks().map(|(serial, file, _)| (serial.to_owned(), file.to_owned())).collect(),
         })
     }
 

@@ -1,0 +1,43 @@
+//! A VM whose root is its own, a copy of the image's: it boots, keeps what it writes, grows, and is resumed from a template.
+
+use bothy_config::RootDiskChoice;
+use bothy_contract::Service;
+use bothy_e2e::host::Host;
+use bothy_testkit::require_root;
+
+const SHAPE: [&str; 4] = ["--cpus", "1", "--memory", "256M"];
+
+#[test]
+fn a_root_of_ones_own_boots_keeps_grows_and_is_resumed() {
+    require_root!();
+    let mut host = Host::start_quick(|config| {
+        config.image.root_disk = RootDiskChoice::Copy;
+        config.template.max = 1;
+    });
+    host.create_quick("own", &[&SHAPE[..], &["--cold", "--system-disk", "2G"]].concat());
+    let sh = |line: &str| host.sh("own", line).ok().stdout.trim().to_owned();
+    let size = || sh("df -Pk / | tail -1 | tr -s ' ' | cut -d' ' -f2").parse::<u64>().unwrap();
+    assert_eq!(
+        sh("while read d m t o; do [ $m = / ] && echo $t ${o%%,*}; done < /proc/mounts; true"),
+        "ext4 rw"
+    );
+    assert!((1_900_000..2 << 20).contains(&size()), "{} KiB", size());
+    sh("echo kept > /etc/kept; sync");
+    host.bothy(["vm", "set", "own", "--system-disk", "3G"]).ok();
+    assert!((2_900_000..3 << 20).contains(&size()), "{} KiB", size());
+
+    // A cut of power costs nothing that was synced, and the root has a journal to mend what it finds.
+    host.bothy(["vm", "kill", "own"]).ok();
+    host.bothy(["vm", "start", "own"]).ok();
+    assert_eq!(sh("cat /etc/kept"), "kept");
+    host.bothy(["vm", "delete", "own", "--force"]).ok();
+    let disks = host.config.service_dir(Service::Image).join("disks");
+    assert_eq!(fs_err::read_dir(disks).unwrap().count(), 0);
+
+    host.warm(&[&SHAPE[..], &["quick"]].concat());
+    host.create_quick("resumed", &SHAPE);
+    assert_eq!(host.resumed(), 1);
+    host.sh("resumed", "echo its own > /etc/mine && sync && cat /etc/mine").ok();
+    host.bothy(["vm", "delete", "resumed", "--force"]).ok();
+    host.finish();
+}
