@@ -205,6 +205,7 @@ mod tests {
                 work_allocated: 5 << 20,
                 system_size: 10 << 30,
                 system_allocated: 0,
+                own_root: false,
             }),
             received_bytes: Some(1500),
             sent_bytes: Some(0),
