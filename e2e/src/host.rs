@@ -164,6 +164,12 @@ impl Host {
     /// A command inside the namespace, set up to reach this host.
     pub fn command(&self, binary_name: &str) -> Command {
         let mut command = Command::new(self.program(binary_name));
+        self.equip(&mut command);
+        command
+    }
+
+    /// Sets what makes `command` reach this host, as a user of its own.
+    fn equip(&self, command: &mut Command) {
         command
             .env("BOTHY_CONFIG", self.config.state_dir.join("bothy.toml"))
             .env("XDG_DATA_HOME", self.dir.path().join("home/data"))
@@ -171,7 +177,6 @@ impl Host {
             .env("XDG_CONFIG_HOME", self.user_config())
             .env("PATH", images::path_with_tools())
             .envs(self.environment.iter().map(|(k, v)| (k, v)));
-        command
     }
 
     /// Where the configuration of the user is who runs `bothy`.
@@ -308,7 +313,7 @@ impl Host {
     /// Runs a bash line inside the host's namespace, as a process of the host; `bothy` in it reaches this host.
     pub fn run_bash(&self, line: &str) -> Ran {
         let mut command = Command::new("bash");
-        command.env("BOTHY_CONFIG", self.config.state_dir.join("bothy.toml"));
+        self.equip(&mut command);
         command.args(["-c", line]).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let child = self.netns.spawn(&mut command).expect("bash");
         Ran::new(child.wait_with_output().expect("its output"))
@@ -324,6 +329,12 @@ impl Host {
         let dir = self.dir.path().join("scratch");
         fs_err::create_dir_all(&dir).expect("a scratch directory");
         dir
+    }
+
+    /// The process ids of all processes of this host.
+    pub fn pids(&self) -> Vec<i32> {
+        let processes = Census::of_processes(&self.scope()).expect("a census").of(&[Kind::Process]);
+        processes.iter().filter_map(|p| p.what.split(' ').next()?.parse().ok()).collect()
     }
 
     /// The process ids of a service of this host.

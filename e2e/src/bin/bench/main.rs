@@ -8,6 +8,8 @@
 //! - `template [pairs]`: a create that is resumed, to its first exec, against a restore by hand and against a boot; eight at
 //!   once; and a suspended machine's first exec.
 //! - `flatten [pairs]`: layers of 500 MiB to an ext4 file system, against `tar -x` of them and `mkfs.ext4 -d`.
+//! - `workspace [pairs] [files]`: a repository of 20,000 files and 400 MiB into a guest and out again, against `tar` through the same
+//!   channel, git over ssh and `git status` in the guest.
 //! - `idle`: the resident memory of the five services and the bus, with nothing to do.
 #![expect(clippy::print_stdout, reason = "a program for people")]
 #![expect(
@@ -25,6 +27,7 @@ mod flatten;
 mod idle;
 mod many;
 mod template;
+mod workspace;
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -37,8 +40,12 @@ fn main() {
         Some("flatten") => flatten::run(number(3)),
         Some("idle") => idle::run(),
         Some("template") => template::run(number(5)),
+        Some("workspace") => {
+            workspace::run(number(1), args.get(2).map_or(20_000, |n| n.parse().expect("a number of files")));
+        }
         _ => panic!(
-            "usage: bench create [pairs] | crowd [vms] | many [vms] | end [pairs] | flatten [pairs] | idle | template [pairs]"
+            "usage: bench create [pairs] | crowd [vms] | many [vms] | end [pairs] | flatten [pairs] | idle | template [pairs] | \
+             workspace [pairs] [files]"
         ),
     }
 }
