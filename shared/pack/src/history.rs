@@ -20,6 +20,20 @@ pub(crate) struct History {
     _dir: tempfile::TempDir,
 }
 
+/// A pack is read once, by a guest whose processor may be emulated: what git has compressed already, and found to differ little, goes
+/// as it is, and the rest in the quickest way. To look for more costs longer than to send it.
+const PACK_OBJECTS: [&str; 9] = [
+    "-c",
+    "pack.packSizeLimit=0",
+    "-c",
+    "pack.compression=1",
+    "pack-objects",
+    "-q",
+    "--revs",
+    "--delta-base-offset",
+    "--window=0",
+];
+
 impl Repository {
     /// Packs the history of `head`, and in [`Mode::Full`] that of all branches, tags and remote branches.
     pub(crate) fn history(&self, head: &str, mode: Mode) -> Result<History, Error> {
@@ -48,8 +62,7 @@ impl Repository {
         // git makes packs in the repository's own directory of objects before it moves them: that must be another.
         let scratch = dir.path().join("objects");
         fs_err::create_dir_all(scratch.join("pack")).map_err(no_space)?;
-        let args = ["-c", "pack.packSizeLimit=0", "pack-objects", "-q", "--revs", "--delta-base-offset"];
-        let mut child = git::command(self.root(), args)
+        let mut child = git::command(self.root(), PACK_OBJECTS)
             .arg(&base)
             .env("GIT_OBJECT_DIRECTORY", &scratch)
             .env("GIT_ALTERNATE_OBJECT_DIRECTORIES", quoted(&self.objects()?))

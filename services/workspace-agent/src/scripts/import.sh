@@ -65,18 +65,27 @@ else
 fi
 g update-ref refs/bothy/base "$head"
 
-# The working tree as it was, first as a tree: git then writes the files, so no attribute of a file can come out wrong.
-export GIT_INDEX_FILE="$work/index"
-g read-tree "$head"
-if [ -s "$pack/tracked.patch" ]; then g apply --cached --whitespace=nowarn --allow-empty "$pack/tracked.patch"; fi
-tree=$(g write-tree)
+# The working tree as it was, first as a tree: git then writes the files, so no attribute of a file can come out wrong. On
+# all processors: most of the time goes here.
+write_tree() { g -c checkout.workers=0 read-tree --reset -u "$1"; }
+if [ -s "$pack/tracked.patch" ] || [ -s "$pack/staged.patch" ]; then
+    export GIT_INDEX_FILE="$work/index"
+    g read-tree "$head"
+    if [ -s "$pack/tracked.patch" ]; then g apply --cached --whitespace=nowarn --allow-empty "$pack/tracked.patch"; fi
+    tree=$(g write-tree)
+    unset GIT_INDEX_FILE
+    write_tree "$tree"
+    # The index as it was: unchanged files keep what git knows of them, so that the first `git status` reads no content.
+    g read-tree -m "$head"
+    if [ -s "$pack/staged.patch" ]; then g apply --cached --whitespace=nowarn --allow-empty "$pack/staged.patch"; fi
+    g update-index -q --refresh >/dev/null || true
+else
+    tree=$(g rev-parse "$head^{tree}")
+    write_tree "$head"
+    # Only for files that are added to it.
+    if [ -d "$pack/untracked" ]; then cp -- .git/index "$work/index"; fi
+fi
 tracked=$tree
-unset GIT_INDEX_FILE
-g read-tree --reset -u "$tree"
-# The index as it was: unchanged files keep what git knows of them, so that the first `git status` reads no content.
-g read-tree -m "$head"
-if [ -s "$pack/staged.patch" ]; then g apply --cached --whitespace=nowarn --allow-empty "$pack/staged.patch"; fi
-g update-index -q --refresh >/dev/null || true
 
 export GIT_INDEX_FILE="$work/index"
 if [ -d "$pack/untracked" ]; then
