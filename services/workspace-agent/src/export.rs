@@ -39,6 +39,10 @@ pub async fn export<G: Guest, W: AsyncWrite + Unpin + Send>(
     check_revision(request.base.as_deref())?;
     let nonce = TicketId::new().reveal();
     let done = until(stop, make_and_send(guest, request, path, scratch, &nonce, out)).await;
+    if done.as_ref().is_ok_and(|report| report.bytes == 0) {
+        // The script keeps nothing then.
+        return done;
+    }
     let cleaned = match guest.run(&CLEAN_EXPORT, &[scratch, &nonce]).await {
         Ok(end) => end.check(&CLEAN_EXPORT, path).map(drop),
         Err(e) => Err(e),

@@ -7,30 +7,40 @@ rm -rf -- "$tmp"/bothy-export-*
 work=$tmp/bothy-export-$nonce
 mkdir -m 700 -- "$work"
 export HOME="$work"
-base=$(r rev-parse -q --verify 'refs/bothy/base^{commit}') || exit 51
-import=$(r rev-parse -q --verify 'refs/bothy/import^{tree}') || exit 51
+# Nothing to be read is nothing to be kept.
+trap '[ -s "$work/out" ] || rm -rf -- "$work"' EXIT
+r cat-file --batch-check='%(objectname)' >"$work/names" <<'END'
+refs/bothy/base^{commit}
+refs/bothy/import^{tree}
+refs/bothy/tracked^{tree}
+HEAD^{commit}
+END
+{ read -r base && read -r import && read -r tracked && read -r head; } <"$work/names"
+case $base$import in *' '*) exit 51 ;; esac
+case $tracked in *' '*) tracked= ;; esac
+case $head in *' '*) head= ;; esac
 from=$base tree_from=$import
 if [ -n "$since" ]; then
     from=$(r rev-parse -q --verify --end-of-options "$since^{commit}" 2>/dev/null) || exit 52
     tree_from=$from^{tree}
 fi
 commits=0 behind=0
-if head=$(r rev-parse -q --verify 'HEAD^{commit}'); then
+if [ -n "$head" ] && { [ "$head" != "$base" ] || [ -n "$since" ]; }; then
     commits=$(r rev-list --count "$head" "^$from")
     behind=$(r rev-list --count "$base" "^$head")
 fi
-borrow
+borrow "$base"
 : >"$work/out"
-files=0
+files=0 bytes=0
 case $format in
 patch)
-    snapshot
-    tree_from=$(g rev-parse "$tree_from")
+    snapshot "$import"
+    if [ -n "$since" ]; then tree_from=$(g rev-parse "$tree_from"); fi
     if [ "$tree" != "$tree_from" ]; then
         g diff-tree -p -r --binary --full-index --no-ext-diff --no-textconv --no-color -M --ignore-submodules=all \
             --src-prefix=a/ --dst-prefix=b/ -U3 "$tree_from" "$tree" >"$work/out"
+        files=$(grep -ac '^diff --git ' "$work/out" || true)
     fi
-    files=$(grep -ac '^diff --git ' "$work/out" || true)
     ;;
 *)
     count() { tr -cd '\0' | wc -c; }
@@ -49,6 +59,6 @@ if [ "$format" = bundle ] && [ "$commits" -gt 0 ]; then
     g update-ref refs/bothy/export "$head"
     g bundle create -q "$work/out" refs/bothy/export "^$from"
 fi
-printf '%s\n' "bytes=$(wc -c <"$work/out")" "files=$files" "commits=$commits" "behind=$behind" "base=$base" "head=$head"
-echo "tracked=$(r rev-parse -q --verify 'refs/bothy/tracked^{tree}' || true)"
+if [ -s "$work/out" ]; then bytes=$(wc -c <"$work/out"); fi
+printf '%s\n' "bytes=$bytes" "files=$files" "commits=$commits" "behind=$behind" "base=$base" "head=$head" "tracked=$tracked"
 echo "branch=$(r symbolic-ref -q --short HEAD || true)"

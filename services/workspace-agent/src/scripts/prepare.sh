@@ -45,8 +45,8 @@ if [ -n "$replace" ]; then
         if [ -f "$path/.git/bothy-imported" ]; then imported=$(sed 's/^/^/' "$path/.git/bothy-imported"); fi
         head=$(r rev-parse -q --verify 'HEAD^{commit}' || true)
         commits=$(printf '%s\n' "^$base" "^$import" $head $imported | r rev-list --count --all --stdin)
-        borrow
-        snapshot
+        borrow "$base"
+        snapshot "$(r rev-parse "$import^{tree}")"
         g diff-tree -r --no-renames --name-only -z "$import" "$tree" >"$work/names"
         files=$(tr -cd '\0' <"$work/names" | wc -c)
         ignored=$(g ls-files -z --others --ignored --exclude-standard | tr -cd '\0' | wc -c)
