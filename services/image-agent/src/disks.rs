@@ -30,6 +30,8 @@ const SYSTEM: &str = "system.ext4";
 const WORK: &str = "work.ext4";
 const BASE: &str = "rootfs.ext4";
 const ROOT: &str = "root.ext4";
+const COW: &str = "root.cow";
+const NODE: &str = "root";
 const MIB: u64 = 1 << 20;
 /// The largest disk, in MiB: as far as the seeds' file systems grow while mounted.
 pub(crate) const MAX_MIB: u64 = 4 << 20;
@@ -155,7 +157,7 @@ impl Disks {
             }
             self.remove_empty(&home);
         }
-        Ok(())
+        root::sweep(&self.dir)
     }
 
     fn check_uid(&self, uid: u32) -> Result<(), Error> {
@@ -170,16 +172,8 @@ impl Disks {
     /// Takes up the disk with the file `path`, on which a guest sees `has` bytes, and gives it to `uid`, which may be another one
     /// than before.
     fn keep(&self, path: &Path, has: u64, uid: u32, mib: u64) -> Result<(), Error> {
+        large_enough(path, has, mib)?;
         let failed = |e: io::Error| fault::io("cannot take up a disk", &e);
-        // A larger one was grown by a change of the VM that was cut short before it was written down.
-        if has < mib.saturating_mul(MIB) {
-            let is = has / MIB;
-            return Err(Error::new(
-                Code::FailedPrecondition,
-                format!("{} is there with {is} MiB, not {mib}", path.display()),
-            )
-            .hint("`bothy vm set` grows the disks of a VM"));
-        }
         let meta = fs_err::symlink_metadata(path).map_err(failed)?;
         if meta.uid() != uid {
             std::os::unix::fs::lchown(path, Some(uid), None).map_err(failed)?;
@@ -199,6 +193,17 @@ impl Disks {
         // One with something in it stays, and that is right.
         let _ = fs_err::remove_dir(home);
     }
+}
+
+/// Whether the disk with the file `path`, on which a guest sees `has` bytes, has as many as its VM.
+fn large_enough(path: &Path, has: u64, mib: u64) -> Result<(), Error> {
+    // A larger one was grown by a change of the VM that was cut short before it was written down.
+    if has >= mib.saturating_mul(MIB) {
+        return Ok(());
+    }
+    let is = has / MIB;
+    Err(Error::new(Code::FailedPrecondition, format!("{} is there with {is} MiB, not {mib}", path.display()))
+        .hint("`bothy vm set` grows the disks of a VM"))
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 //! `serve` (the default) answers on the bus; `build` makes an image without one, for packagers and first set-ups.
 
 mod agent;
+mod blockdev;
 mod bootset;
 mod build;
 mod builds;

@@ -246,6 +246,11 @@ impl RootDisk {
         }
     }
 
+    /// Whether a template can be made of a VM with such a root.
+    pub fn can_be_frozen(self) -> bool {
+        self != Self::DmSnapshot
+    }
+
     fn is_overlay(&self) -> bool {
         *self == Self::Overlay
     }

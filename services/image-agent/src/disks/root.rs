@@ -3,6 +3,7 @@
 
 mod overlay;
 mod own;
+mod snapshot;
 
 use super::{Disks, MAX_MIB, MIB};
 use crate::{
@@ -73,11 +74,26 @@ pub(super) trait Backend: fmt::Debug + Sync {
     fn grow(&self, _vm: VmId, home: &Path, bytes: u64) -> io::Result<()> {
         super::sizes::open(&home.join(self.file()))?.set_len(bytes)
     }
-    /// Whether it lies over a base that VMs share.
+    /// Whether its `base` is a file that VMs share.
     fn has_base(&self) -> bool;
+    /// Whether a template can be made of it.
+    fn can_freeze(&self) -> bool {
+        true
+    }
+    /// Whether the VMM opens the file itself.
+    fn gives_file(&self) -> bool {
+        true
+    }
+    /// Lets go of what the kernel has of disks below `disks` that are not there any more.
+    ///
+    /// # Errors
+    /// As above.
+    fn sweep(&self, _disks: &Path) -> Result<(), Error> {
+        Ok(())
+    }
 }
 
-const ALL: [&dyn Backend; 3] = [&overlay::Overlay, &own::Reflink, &own::Copy];
+const ALL: [&dyn Backend; 4] = [&overlay::Overlay, &own::Reflink, &own::Copy, &snapshot::Snapshot];
 
 /// The backend of that kind.
 fn backend(kind: RootDisk) -> Result<&'static dyn Backend, Error> {
@@ -94,6 +110,11 @@ pub(super) fn there(home: &Path) -> Option<&'static dyn Backend> {
 /// Lets go of what the kernel has of the root disk of `vm` in `home`, whether there are files of it or not.
 pub(super) fn detach(vm: VmId, home: &Path) -> Result<(), Error> {
     ALL.into_iter().try_for_each(|backend| backend.detach(vm, home))
+}
+
+/// Lets go of what the kernel has of disks below `disks` that are not there any more.
+pub(super) fn sweep(disks: &Path) -> Result<(), Error> {
+    ALL.into_iter().try_for_each(|backend| backend.sweep(disks))
 }
 
 /// What new VMs get on a host that is set so, and has its images in `store` and its disks in `disks`.
@@ -137,7 +158,15 @@ impl Disks {
             self.make_home(&place.home).map_err(|e| failed(backend, vm, &e))?;
             backend.make(&place, &image, mib).inspect_err(|_| self.remove_empty(&place.home))?;
         }
-        let mut rootfs = backend.attach(&place)?;
+        let mut rootfs = backend.attach(&place).inspect_err(|_| {
+            // One that is new is not kept: nobody knows of it yet.
+            if kept.is_none() && backend.detach(vm, &place.home).is_ok() {
+                for name in [backend.file(), super::BASE] {
+                    let _ = fs_err::remove_file(place.home.join(name));
+                }
+                self.remove_empty(&place.home);
+            }
+        })?;
         if backend.has_base() && !rootfs.base.is_file() {
             // Linking was not possible when it was made: see `link`.
             rootfs.base = store.open(image)?.artifact("rootfs")?.1;
@@ -153,7 +182,12 @@ impl Disks {
     /// Takes up the root disk that is there, for a user who may be another one than before.
     pub(super) fn keep_root(&self, backend: &dyn Backend, place: &Place, mib: u64) -> Result<(), Error> {
         let has = backend.size(&place.home).map_err(|e| failed(backend, place.vm, &e))?;
-        self.keep(&place.home.join(backend.file()), has, place.uid, mib)
+        let file = place.home.join(backend.file());
+        if backend.gives_file() {
+            self.keep(&file, has, place.uid, mib)
+        } else {
+            super::large_enough(&file, has, mib)
+        }
     }
 }
 
@@ -215,3 +249,6 @@ pub(super) fn lacks(kind: RootDisk, why: impl fmt::Display) -> Error {
 
 #[cfg(test)]
 mod tests;
+
+#[cfg(test)]
+mod tests_dm;

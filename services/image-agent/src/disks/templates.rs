@@ -33,6 +33,11 @@ impl Disks {
         if !to.exists() {
             let home = self.dir.join(vm.to_string());
             let failed = |e: io::Error| fault::io(format!("cannot freeze the disks of VM {vm}"), &e);
+            if let Some(backend) = root::there(&home).filter(|backend| !backend.can_freeze()) {
+                let kind = backend.kind().word();
+                let no = format!("VM {vm} cannot be a template: its root disk is {kind}");
+                return Err(Error::new(Code::FailedPrecondition, no));
+            }
             let half = self.half(vm);
             fs_err::create_dir_all(&half).map_err(failed)?;
             fs_err::set_permissions(&half, std::fs::Permissions::from_mode(0o700)).map_err(failed)?;

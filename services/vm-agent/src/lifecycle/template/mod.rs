@@ -203,6 +203,11 @@ pub(crate) async fn make(
         let no = format!("{} {} cannot save a guest", choice.driver.name(), choice.driver.version());
         return Err(Error::new(Code::FailedPrecondition, no));
     }
+    if !boot.root_disk.can_be_frozen() {
+        let no = format!("no template can be made of VMs whose root disk is {}", boot.root_disk.word());
+        return Err(Error::new(Code::FailedPrecondition, no)
+            .hint("root can set `root_disk` of `[image]` in bothy.toml to another one"));
+    }
     let key = key(&boot, choice, agent.tsc_khz, &shape);
     // Its work disk is the user's own, whatever size that will have.
     let shape = Shape { work_mib: Shape::default().work_mib, ..shape };

@@ -45,6 +45,10 @@ pub(in crate::lifecycle) async fn find(
         cx.note("templates are turned off");
         return None;
     }
+    if !boot.root_disk.can_be_frozen() {
+        cx.note(format!("there are none for root disks that are {}", boot.root_disk.word()));
+        return None;
+    }
     let shape = &input.spec.shape;
     let found = async {
         let key = key(boot, agent.choice(boot).await?, agent.tsc_khz, shape);
