@@ -8,13 +8,13 @@
 use crate::{
     guest::{Guest, STALL, stalled},
     path,
-    script::{CLEAN, IMPORT, PREPARE},
+    script::{CLEAN, IMPORT, PREPARE, SYNC},
 };
 use bothy_contract::{
     Code, Error, TicketId,
-    workspace::{ImportReport, OpenImport},
+    workspace::{ImportReport, OpenImport, SyncReport},
 };
-use bothy_pack::Meta;
+use bothy_pack::{Meta, Mode};
 use bothy_tickets::{Frame, FrameReader};
 use bytes::{Bytes, BytesMut};
 use tokio::{io::AsyncRead, sync::mpsc, time::timeout};
@@ -48,11 +48,17 @@ pub async fn import<G: Guest, R: AsyncRead + Unpin + Send>(
         Err(e) => Err(e),
     };
     match (done, cleaned) {
-        (Ok(bytes), cleaned) => {
+        (Ok((bytes, sync)), cleaned) => {
             if let Err(e) = cleaned {
                 tracing::warn!(path, error = %e, "an import left its temporary directory; the next one removes it");
             }
-            Ok(ImportReport { guest_path: path.to_owned(), head: meta.head, branch: meta.branch, bytes })
+            Ok(ImportReport {
+                guest_path: path.to_owned(),
+                head: meta.head,
+                branch: meta.branch,
+                bytes,
+                sync,
+            })
         }
         (Err(e), Err(c)) if e.code != Code::Unavailable => Err(Error {
             message: format!("{}; and cleaning up after it failed too: {}", e.message, c.message),
@@ -96,7 +102,7 @@ async fn first_entry<R: AsyncRead + Unpin>(pack: &mut FrameReader<R>) -> Result<
     }
 }
 
-/// Sends the pack on and builds the repository; gives the pack's size in bytes.
+/// Sends the pack on and builds the repository, or changes the one that is there; gives the pack's size in bytes.
 async fn build<G: Guest, R: AsyncRead + Unpin + Send>(
     guest: &G,
     request: &OpenImport,
@@ -104,7 +110,7 @@ async fn build<G: Guest, R: AsyncRead + Unpin + Send>(
     meta: &Meta,
     start: Bytes,
     pack: &mut FrameReader<R>,
-) -> Result<u64, Error> {
+) -> Result<(u64, Option<SyncReport>), Error> {
     let path = request.guest_path.as_str();
     let parent = path.rsplit_once('/').map_or("", |(parent, _)| parent);
     let dir = format!("{parent}/.bothy-import-{nonce}/pack");
@@ -142,10 +148,35 @@ async fn build<G: Guest, R: AsyncRead + Unpin + Send>(
     }
     let bytes = fed.ok_or_else(|| Error::invalid("the pack goes on behind its end"))?;
     let text = |value: &Option<String>| value.clone().unwrap_or_default();
+    if meta.mode == Mode::Sync {
+        let args = [path, nonce, &text(&meta.tree), if request.force { "yes" } else { "" }];
+        let told = guest.run(&SYNC, &args).await?.check(&SYNC, path)?;
+        return Ok((bytes, Some(synced(&told)?)));
+    }
     let (branch, name, email) = (text(&meta.branch), text(&meta.git_name), text(&meta.git_email));
     let (mode, readonly) = (meta.mode.as_str(), if request.readonly { "yes" } else { "" });
     let format = meta.object_format.as_str();
     let args = [path, nonce, &meta.head, format, &branch, &name, &email, mode, readonly];
     guest.run(&IMPORT, &args).await?.check(&IMPORT, path)?;
-    Ok(bytes)
+    Ok((bytes, None))
+}
+
+/// Reads `name=value` lines, as the script prints them.
+fn synced(told: &str) -> Result<SyncReport, Error> {
+    let mut report = SyncReport::default();
+    for line in told.lines() {
+        let number = |value: &str| {
+            value.trim().parse().map_err(|_| {
+                let line: String = line.chars().take(100).collect();
+                Error::new(Code::Internal, format!("the guest's report of the sync is not valid: {line:?}"))
+            })
+        };
+        match line.split_once('=') {
+            Some(("changed", value)) => report.changed = number(value)?,
+            Some(("conflicts", value)) => report.conflicts = number(value)?,
+            Some(("conflict", name)) => report.names.push(name.to_owned()),
+            _ => {}
+        }
+    }
+    Ok(report)
 }

@@ -32,6 +32,8 @@ scripts! {
     PREPARE = "prepare", 600 s;
     /// Builds the repository and renames it into place.
     IMPORT = "import", 1800 s;
+    /// Brings changes of the user's side into the working tree.
+    SYNC = "sync", 1800 s;
     /// Takes away what an import left.
     CLEAN = "clean", 120 s;
     /// Writes the patch to a private file.
@@ -78,6 +80,10 @@ impl Finished {
             45 => would_lose(path, &self.stdout),
             46 => precondition(format!("{path} cannot be made read-only: {}", last_words(&self.stderr)))
                 .hint("leave out `--readonly`, or use an image with mount(8)"),
+            47 => precondition(format!("{path} is read-only in the guest"))
+                .hint("put the repository there anew, without `--readonly`: `bothy workspace prepare --force`"),
+            48 => Error { retryable: true, ..precondition(format!("files in {path} changed while it was synced: {}", last_words(&self.stderr))) }
+                .hint("run it again; nothing was changed"),
             43 => precondition(format!("something above {path} in the guest is no directory"))
                 .hint("choose another place with `--guest-path`"),
             44 => Error::invalid("the pack is not whole").hint("use a `bothy` and services of one version"),

@@ -65,7 +65,7 @@ pub struct OpenImport {
     pub vm: VmId,
     /// Where it goes: an absolute path in the guest.
     pub guest_path: String,
-    /// Replace an import that is there even if work in it is lost.
+    /// Replace an import that is there even if work in it is lost; in a sync, files that both sides changed.
     #[serde(default)]
     pub force: bool,
     /// Nobody in the guest may write to it, until the VM starts again.
@@ -85,6 +85,21 @@ pub struct ImportReport {
     pub branch: Option<String>,
     /// Bytes taken from the host.
     pub bytes: u64,
+    /// What changed, where it was a sync.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sync: Option<SyncReport>,
+}
+
+/// What a sync did in the guest's working tree, as the guest tells it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SyncReport {
+    /// Files that were written or removed.
+    pub changed: u64,
+    /// Files that both sides had changed; they stay as they were, unless the sync was forced.
+    pub conflicts: u64,
+    /// The first few of those.
+    #[serde(default)]
+    pub names: Vec<String>,
 }
 
 /// In which form work comes out of a guest.

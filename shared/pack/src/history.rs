@@ -22,7 +22,7 @@ pub(crate) struct History {
 
 /// A pack is read once, by a guest whose processor may be emulated: what git has compressed already, and found to differ little, goes
 /// as it is, and the rest in the quickest way. To look for more costs longer than to send it.
-const PACK_OBJECTS: [&str; 9] = [
+pub(crate) const PACK_OBJECTS: [&str; 9] = [
     "-c",
     "pack.packSizeLimit=0",
     "-c",
@@ -94,7 +94,7 @@ impl Repository {
         Ok(History { pack, index, boundary, refs, commits, _dir: dir })
     }
 
-    fn cannot_pack(&self, why: &str) -> Error {
+    pub(crate) fn cannot_pack(&self, why: &str) -> Error {
         let e = Error::new(Code::FailedPrecondition, format!("`git pack-objects` failed: {why}"));
         let partial = git::maybe(self.root(), &["config", "--get-regexp", r"^remote\..*\.promisor$"]);
         if matches!(partial, Ok(Some(_))) {

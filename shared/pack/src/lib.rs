@@ -18,6 +18,7 @@ mod pack;
 mod patch;
 mod repository;
 mod standing;
+mod tracked;
 
 pub use apply::Applied;
 pub use bundle::{BundleSummary, EXPORT_REF};
@@ -27,6 +28,7 @@ pub use pack::{PackOptions, PackSummary, Packed};
 pub use patch::{MAX_FILES, MAX_INFLATED, MAX_PATCH, PatchSummary, inspect_patch};
 pub use repository::Repository;
 pub use standing::Standing;
+pub use tracked::SyncPack;
 
 /// Names of the entries of a pack. `META` is first; the others follow in this order.
 pub mod entry {

@@ -48,6 +48,8 @@ pub enum Mode {
     Full,
     /// The files without git.
     Copy,
+    /// What has changed in the tracked files since an import, for the repository that it made.
+    Sync,
 }
 
 impl Mode {
@@ -57,6 +59,7 @@ impl Mode {
             Self::Shallow => "shallow",
             Self::Full => "full",
             Self::Copy => "copy",
+            Self::Sync => "sync",
         }
     }
 }
@@ -71,8 +74,11 @@ pub struct Meta {
     pub mode: Mode,
     /// The name of the repository's directory, for people.
     pub name: String,
-    /// The commit that is checked out.
+    /// The commit that is checked out; with [`Mode::Sync`] the one that was imported.
     pub head: String,
+    /// The tree of the tracked files, with [`Mode::Sync`] only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tree: Option<String>,
     /// Its branch without `refs/heads/`; none where the head is detached.
     #[serde(default)]
     pub branch: Option<String>,
@@ -105,6 +111,17 @@ impl Meta {
                 "{:?} is not a commit of a {} repository",
                 self.head,
                 self.object_format.as_str()
+            )));
+        }
+        let tree_fits = match &self.tree {
+            Some(tree) => self.mode == Mode::Sync && tree.len() == self.object_format.digits() && hex(tree),
+            None => self.mode != Mode::Sync,
+        };
+        if !tree_fits {
+            return Err(Error::invalid(format!(
+                "a pack of mode {} does not name {:?}",
+                self.mode.as_str(),
+                self.tree
             )));
         }
         for (what, text, max) in [

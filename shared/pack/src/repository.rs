@@ -127,6 +127,7 @@ impl Repository {
             mode: Mode::default(),
             name: name.chars().take(60).collect(),
             head: self.head()?,
+            tree: None,
             branch,
             object_format,
             git_name: self.own_setting("user.name")?,

@@ -1,7 +1,7 @@
 //! How the user's repository stands to what was imported from it.
 
 use crate::{Repository, bundle::object, git};
-use bothy_contract::{Code, Error};
+use bothy_contract::Error;
 
 /// How the user's repository stands to an import.
 #[derive(Debug, Clone, PartialEq, Eq, Default, serde::Serialize)]
@@ -40,45 +40,9 @@ impl Repository {
         standing.behind = counts.next().unwrap_or(0);
         standing.ahead = counts.next().unwrap_or(0);
         if let Some(tracked) = tracked.and_then(|tree| object(tree.as_bytes())) {
-            standing.files_differ = Some(self.tracked_tree()? != tracked);
+            standing.files_differ = Some(self.tracked()?.tree != tracked);
         }
         Ok(standing)
-    }
-
-    /// The tree of the tracked files as they are now. Index and objects that this takes are made elsewhere.
-    fn tracked_tree(&self) -> Result<String, Error> {
-        let no_room = |e: std::io::Error| {
-            Error::new(Code::ResourceExhausted, format!("cannot make temporary files: {e}"))
-                .hint("free some space, or set TMPDIR to a directory with more of it")
-        };
-        let scratch = tempfile::tempdir().map_err(no_room)?;
-        let index =
-            git::answer(self.root(), &["rev-parse", "--path-format=absolute", "--git-path", "index"])?;
-        let index: std::path::PathBuf =
-            <std::ffi::OsString as std::os::unix::ffi::OsStringExt>::from_vec(index).into();
-        let copy = scratch.path().join("index");
-        if index.exists() {
-            fs_err::copy(&index, &copy).map_err(no_room)?;
-        }
-        let objects = scratch.path().join("objects");
-        fs_err::create_dir_all(&objects).map_err(no_room)?;
-        let run = |args: &[&str]| {
-            let out = git::command(self.root(), ["-c", "core.splitIndex=false"].iter().chain(args))
-                .env("GIT_INDEX_FILE", &copy)
-                .env("GIT_OBJECT_DIRECTORY", &objects)
-                .env("GIT_ALTERNATE_OBJECT_DIRECTORIES", quoted(&self.objects()?))
-                .output()
-                .map_err(|e| Error::internal("cannot start `git`", &e))?;
-            if out.status.success() {
-                return Ok(String::from_utf8_lossy(&out.stdout).trim().to_owned());
-            }
-            Err(Error::new(
-                Code::FailedPrecondition,
-                format!("cannot see the state of the files: {}", git::last_words(&out.stderr)),
-            ))
-        };
-        run(&["add", "-u", "."])?;
-        run(&["write-tree"])
     }
 }
 

@@ -390,6 +390,7 @@ pub(crate) async fn serve(
                 head: "0123456789abcdef".to_owned(),
                 branch: Some("main".to_owned()),
                 bytes,
+                sync: None,
             };
             let _ = FrameWriter::new(write).end(&report).await;
         }

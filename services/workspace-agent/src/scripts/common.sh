@@ -50,6 +50,13 @@ borrow() {
     if [ -f .git/index ]; then cp -p -- .git/index "$work/index"; fi
 }
 
+# Those of the names in file <list> that the index does not have and that are files of the working tree, whether git ignores them or
+# not: none that leads through a symbolic link.
+present() {
+    sort -z <"$1" >"$1.sorted"
+    g ls-files -z --others | sort -z | comm -z -12 "$1.sorted" -
+}
+
 # The working tree as it is now, as a tree: $tree. <imported> is the tree of the import.
 snapshot() {
     if ! g add -u . 2>"$work/why"; then
@@ -64,6 +71,6 @@ snapshot() {
     # Imported files that are ignored by now, or were dropped from the index only, are there still.
     g diff-index --cached --no-renames --name-only -z --diff-filter=D "$1" >"$work/gone"
     [ -s "$work/gone" ] || return 0
-    g update-index -z --add --remove --replace --stdin <"$work/gone"
+    present "$work/gone" | g update-index -z --add --replace --stdin
     tree=$(g write-tree)
 }

@@ -2,6 +2,15 @@
 # first directory above <path> that had to be made. An import that is there already may be replaced, if nothing is lost by it
 # or <force> is not empty; what would be lost is printed otherwise: commits, files, ignored files, and names of files.
 path=$1 nonce=$2 mode=$3 force=$4
+if [ "$mode" = sync ]; then
+    [ -d "$path/.git" ] && [ ! -L "$path" ] && [ ! -L "$path/.git" ] || exit 50
+    r rev-parse -q --verify 'refs/bothy/tracked^{tree}' >/dev/null || exit 51
+    # The superuser may write to anything but a file system that is read-only.
+    [ -w "$path" ] || exit 47
+    rm -rf -- "${path%/*}"/.bothy-import-*
+    mkdir -m 700 -- "${path%/*}/.bothy-import-$nonce" "${path%/*}/.bothy-import-$nonce/pack"
+    exit 0
+fi
 [ "$mode" = copy ] || command -v git >/dev/null 2>&1 || exit 40
 if [ -L "$path" ]; then exit 41; fi
 replace=

@@ -6,3 +6,4 @@ mod modes;
 mod round_trip;
 mod service;
 mod support;
+mod sync;

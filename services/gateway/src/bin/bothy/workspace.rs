@@ -3,6 +3,7 @@
 
 mod export;
 mod status;
+mod sync;
 
 pub(crate) use export::{Wanted, default_patch, directory, fetch, nothing_changed, quoted};
 
@@ -31,6 +32,7 @@ pub(crate) async fn main(context: &Context, command: cli::Workspace) -> Result<S
     match command {
         cli::Workspace::Prepare(args) => prepare(context, args).await?,
         cli::Workspace::Export(args) => return export::main(context, args).await,
+        cli::Workspace::Sync(args) => return sync::main(context, args).await,
         cli::Workspace::Status { vm, path, guest_path } => {
             return status::main(context, &vm, &path, &guest_path).await;
         }
@@ -111,10 +113,32 @@ pub(crate) async fn import(
     force: bool,
 ) -> Result<ImportReport, Error> {
     let options = parts.options();
+    let how = How { guest_path, force, readonly: parts.readonly };
+    let (report, summary) = send(context, vm, &how, move |out| repository.pack(&options, out))
+        .await
+        .map_err(|e| e.context("the repository was not put into the machine"))?;
+    remarks(context, &summary);
+    Ok(report)
+}
+
+/// Where a pack goes, and what it may do there.
+struct How<'a> {
+    guest_path: &'a str,
+    force: bool,
+    readonly: bool,
+}
+
+/// Sends what `pack` writes into `vm`, while it writes it.
+async fn send<S: Send + 'static>(
+    context: &Context,
+    vm: &str,
+    how: &How<'_>,
+    pack: impl FnOnce(&mut dyn Write) -> Result<S, Error> + Send + 'static,
+) -> Result<(ImportReport, S), Error> {
     let (send, receive) = mpsc::channel::<Result<Bytes, Error>>(QUEUE);
     let packing = tokio::task::spawn_blocking(move || {
         let mut out = io::BufWriter::with_capacity(PIECE, Pieces(send.clone()));
-        let packed = repository.pack(&options, &mut out).and_then(|summary| {
+        let packed = pack(&mut out).and_then(|summary| {
             out.flush().map(|()| summary).map_err(|e| Error::internal("cannot send the pack", &e))
         });
         // What is still in the buffer of a pack that failed must not follow.
@@ -128,25 +152,20 @@ pub(crate) async fn import(
     let body: Body =
         BodyExt::boxed(StreamBody::new(ReceiverStream::new(receive).map(|piece| piece.map(Frame::data))));
     let path = format!(
-        "/v1/vms/{}/workspace?guest_path={}&force={force}&readonly={}",
+        "/v1/vms/{}/workspace?guest_path={}&force={}&readonly={}",
         api::segment(vm),
-        api::segment(guest_path),
-        parts.readonly
+        api::segment(how.guest_path),
+        how.force,
+        how.readonly
     );
     let sent = context.gateway.upload::<ImportReport>(&path, body).await;
     let packed = packing.await.map_err(|e| Error::internal("packing the repository broke off", &e))?;
     match (sent, packed) {
-        (Ok(report), Ok(summary)) => {
-            remarks(context, &summary);
-            Ok(report)
-        }
+        (Ok(report), Ok(summary)) => Ok((report, summary)),
         // A pack that failed of itself is the reason; one that could not be sent is not.
-        (Err(e), Ok(_)) => Err(e.context("the repository was not put into the machine")),
-        (Err(e), Err(p)) => {
-            let e = if p.message.contains(GONE) { e } else { p };
-            Err(e.context("the repository was not put into the machine"))
-        }
-        (Ok(_), Err(p)) => Err(p.context("the repository was not packed")),
+        (Err(e), Err(p)) if p.message.contains(GONE) => Err(e),
+        (_, Err(p)) => Err(p),
+        (Err(e), Ok(_)) => Err(e),
     }
 }
 

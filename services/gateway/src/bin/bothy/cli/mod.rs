@@ -13,7 +13,7 @@ pub(crate) use idle::IdlePolicy;
 pub(crate) use intake::{Import, Intake, Pull};
 pub(crate) use network::{Network, Policy};
 pub(crate) use vm::{Delete, Exec, Prune, Refs, Several, Vm};
-pub(crate) use workspace::{Export, Form, How, Parts, Prepare, Workspace};
+pub(crate) use workspace::{Export, Form, How, Parts, Prepare, Sync, Workspace};
 
 use bothy_contract::{ImageName, VmName};
 use clap::{Args, Parser, Subcommand, ValueHint};

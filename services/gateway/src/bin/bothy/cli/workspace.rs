@@ -12,6 +12,8 @@ pub(crate) enum Workspace {
     Prepare(Prepare),
     /// Bring what was done since the repository was put there back
     Export(Export),
+    /// Bring what has changed here since into the machine: tracked files, not commits
+    Sync(Sync),
     /// Show how the repository in the machine stands, and whether this one has moved on
     Status {
         /// Name, id, or a unique prefix of either
@@ -95,6 +97,21 @@ pub(crate) enum How {
     Full,
     /// The files without git; nothing can be exported again
     Copy,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Sync {
+    /// Name, id, or a unique prefix of either
+    pub(crate) vm: String,
+    /// The repository that it came from
+    #[arg(default_value = ".", value_hint = ValueHint::DirPath)]
+    pub(crate) path: PathBuf,
+    /// Take files from here that were changed on both sides
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Where the repository is in the machine
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_GUEST_PATH)]
+    pub(crate) guest_path: String,
 }
 
 #[derive(Debug, Args)]
