@@ -334,7 +334,11 @@ impl Repository {
     }
 
     /// Runs git and gives each NUL-terminated piece of its output to `each`.
-    fn list(&self, args: &[&str], mut each: impl FnMut(&[u8]) -> Result<(), Error>) -> Result<(), Error> {
+    pub(crate) fn list(
+        &self,
+        args: &[&str],
+        mut each: impl FnMut(&[u8]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
         let (running, stdout) = git::start(self.root(), args)?;
         let read = || {
             let mut reader = BufReader::new(stdout);

@@ -6,10 +6,11 @@ use crate::{
 };
 use bothy_contract::{Code, Error};
 use std::{
-    ffi::OsString,
+    collections::BTreeSet,
+    ffi::{OsStr, OsString},
     io::Write,
-    os::unix::ffi::OsStringExt,
-    path::PathBuf,
+    os::unix::ffi::{OsStrExt, OsStringExt},
+    path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
@@ -19,6 +20,15 @@ pub(crate) struct Tracked {
     pub(crate) tree: String,
     objects: PathBuf,
     scratch: tempfile::TempDir,
+}
+
+/// What to watch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Places {
+    /// Those of tracked files, and all above them up to the repository's own.
+    pub directories: BTreeSet<PathBuf>,
+    /// The directory with the files `index` and `HEAD`.
+    pub git: PathBuf,
 }
 
 /// A pack of [`Mode::Sync`], ready to be sent.
@@ -76,11 +86,40 @@ impl Repository {
         Ok(Tracked { tree, objects, scratch })
     }
 
+    /// The name of the tree of the tracked files as they are now: another where one of them changed.
+    ///
+    /// # Errors
+    /// What git says.
+    pub fn tracked_tree(&self) -> Result<String, Error> {
+        Ok(self.tracked()?.tree)
+    }
+
+    /// Where one would see that a tracked file changes, or which files are tracked: the directories of tracked files, and that of the
+    /// index and of HEAD.
+    ///
+    /// # Errors
+    /// What git says.
+    pub fn places(&self) -> Result<Places, Error> {
+        let mut directories = BTreeSet::from([self.root().to_owned()]);
+        self.list(&["ls-files", "--cached", "-z", "--full-name"], |name| {
+            let mut above = Path::new(OsStr::from_bytes(name)).parent();
+            while let Some(dir) = above {
+                if !directories.insert(self.root().join(dir)) {
+                    break;
+                }
+                above = dir.parent();
+            }
+            Ok(())
+        })?;
+        let git = git::answer(self.root(), &["rev-parse", "--absolute-git-dir"])?;
+        Ok(Places { directories, git: OsString::from_vec(git).into() })
+    }
+
     /// A git that makes its objects in `objects`, and knows those of the repository.
     fn beside(
         &self,
-        objects: &std::path::Path,
-        args: impl IntoIterator<Item = impl AsRef<std::ffi::OsStr>>,
+        objects: &Path,
+        args: impl IntoIterator<Item = impl AsRef<OsStr>>,
     ) -> Result<Command, Error> {
         let mut command = git::command(self.root(), args);
         command

@@ -4,6 +4,7 @@
 mod export;
 mod status;
 mod sync;
+mod watch;
 
 pub(crate) use export::{Wanted, default_patch, directory, fetch, nothing_changed, quoted};
 

@@ -109,6 +109,9 @@ pub(crate) struct Sync {
     /// Take files from here that were changed on both sides
     #[arg(long)]
     pub(crate) force: bool,
+    /// Go on with whatever changes, until Ctrl-C
+    #[arg(long)]
+    pub(crate) watch: bool,
     /// Where the repository is in the machine
     #[arg(long, value_name = "PATH", default_value = DEFAULT_GUEST_PATH)]
     pub(crate) guest_path: String,

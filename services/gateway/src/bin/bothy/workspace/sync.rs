@@ -5,25 +5,97 @@ use super::{
     How,
     export::{Wanted, fetch},
     send,
+    watch::Watch,
 };
-use crate::{Context, Status, cli, printer::visible, vm};
+use crate::{Context, Status, cli, interrupt::Interrupts, printer::visible, vm};
 use bothy_contract::{
     Error,
+    vm::VmRecord,
     workspace::{ExportFormat, SyncReport},
 };
 use bothy_pack::Repository;
+use std::time::Duration;
 
 /// The exit status where files were changed on both sides.
 const CONFLICTS: Status = Status(1);
+/// How often, and after how long, a sync is tried again that a writer in the guest came between.
+const TRIES: u32 = 5;
+const AGAIN: Duration = Duration::from_secs(1);
 
 pub(crate) async fn main(context: &Context, args: cli::Sync) -> Result<Status, Error> {
     super::check_guest_path(&args.guest_path)?;
     let repository = Repository::open(&args.path)?;
     let vm = vm::show(context, &args.vm).await?;
+    if args.watch {
+        return watch(context, &vm, &repository, &args).await;
+    }
     let report = once(context, &vm.id.to_string(), repository, &args.guest_path, args.force).await?;
-    let value = serde_json::json!({ "vm": vm.name, "guest_path": args.guest_path, "sync": report });
-    context.printer.record(&value, |_| visible(&told(&report, vm.name.as_str(), args.force)))?;
+    context
+        .printer
+        .record(&value(&vm, &args, &report), |_| visible(&told(&report, vm.name.as_str(), args.force)))?;
     Ok(if report.conflicts > 0 && !args.force { CONFLICTS } else { Status::SUCCESS })
+}
+
+fn value(vm: &VmRecord, args: &cli::Sync, report: &SyncReport) -> serde_json::Value {
+    serde_json::json!({ "vm": vm.name, "guest_path": args.guest_path, "sync": report })
+}
+
+/// Syncs now and whenever tracked files have changed, until Ctrl-C.
+async fn watch(
+    context: &Context,
+    vm: &VmRecord,
+    repository: &Repository,
+    args: &cli::Sync,
+) -> Result<Status, Error> {
+    let interrupts = Interrupts::new()?;
+    let mut watch = Watch::new(repository)?;
+    let mut last: Option<(String, SyncReport)> = None;
+    context.printer.note(format!(
+        "{} goes into {} as it changes; Ctrl-C ends that",
+        repository.root().display(),
+        vm.name
+    ));
+    loop {
+        let tree = repository.tracked_tree()?;
+        if last.as_ref().is_none_or(|(synced, _)| *synced != tree) {
+            let id = vm.id.to_string();
+            let done = tokio::select! {
+                done = settled(context, &id, repository, args) => done?,
+                () = interrupts.at_least(1) => return Ok(Status::SUCCESS),
+            };
+            let news = last.as_ref().is_none_or(|(_, before)| before.names != done.names);
+            if done.changed > 0 || (done.conflicts > 0 && news) {
+                context.printer.record(&value(vm, args, &done), |_| {
+                    visible(&told(&done, vm.name.as_str(), args.force))
+                })?;
+            }
+            last = Some((tree, done));
+        }
+        if watch.renew(repository)? {
+            continue;
+        }
+        tokio::select! {
+            () = watch.changed() => {}
+            () = interrupts.at_least(1) => return Ok(Status::SUCCESS),
+        }
+    }
+}
+
+/// One sync, tried again where the guest wrote to the same files meanwhile.
+async fn settled(
+    context: &Context,
+    vm: &str,
+    repository: &Repository,
+    args: &cli::Sync,
+) -> Result<SyncReport, Error> {
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match once(context, vm, repository.clone(), &args.guest_path, args.force).await {
+            Err(e) if e.retryable && tries < TRIES => tokio::time::sleep(AGAIN).await,
+            done => return done,
+        }
+    }
 }
 
 /// Brings it in; a report of nothing where nothing has changed here.
