@@ -10,6 +10,7 @@
 
 mod blobs;
 mod config;
+mod documents;
 mod layout;
 mod registry;
 mod spool;

@@ -1,7 +1,13 @@
 //! An image of a registry (OCI distribution specification, 1.1): its manifest for this machine, its configuration and its
 //! layers, each checked against the digest that led to it.
 
-use super::{Contents, LayerAt, blobs::Blobs, config, room};
+use super::{
+    Contents, LayerAt,
+    blobs::Blobs,
+    config,
+    documents::{self, Documents, Failed},
+    room,
+};
 use crate::{
     build::Stage,
     digest::{self, Beat},
@@ -10,7 +16,7 @@ use crate::{
 use bothy_contract::{Code, Error, error::chain, intake::Credentials};
 use futures::{StreamExt as _, TryStreamExt as _};
 use oci_client::{
-    Client, Reference,
+    Client, Reference, RegistryOperation,
     client::{BlobResponse, ClientConfig, ClientProtocol, SizedStream},
     errors::{OciDistributionError, OciErrorCode},
     secrets::RegistryAuth,
@@ -28,13 +34,6 @@ use tokio::{
     time::timeout,
 };
 
-/// What a manifest may be.
-const MANIFESTS: [&str; 4] = [
-    "application/vnd.oci.image.index.v1+json",
-    "application/vnd.oci.image.manifest.v1+json",
-    "application/vnd.docker.distribution.manifest.list.v2+json",
-    "application/vnd.docker.distribution.manifest.v2+json",
-];
 /// How often an index may lead to an index.
 const MAX_DEPTH: usize = 4;
 /// The longest reference.
@@ -72,6 +71,7 @@ pub(super) fn parse(reference: &str) -> Result<Reference, Error> {
 /// One image, on its way.
 pub(super) struct Pull {
     client: Client,
+    documents: Documents,
     reference: Reference,
     auth: RegistryAuth,
     blobs: Arc<Blobs>,
@@ -99,12 +99,13 @@ impl Pull {
             user_agent: concat!("bothy/", env!("CARGO_PKG_VERSION")),
             ..ClientConfig::default()
         };
+        let documents = Documents::new(plain, CONNECT, STALL, config.user_agent)?;
         let client = Client::try_from(config).map_err(|e| Error::internal("cannot ask registries", &e))?;
         let auth = match credentials {
             Some(Credentials { username, secret }) => RegistryAuth::Basic(username, secret),
             None => RegistryAuth::Anonymous,
         };
-        Ok(Self { client, reference, auth, blobs, with })
+        Ok(Self { client, documents, reference, auth, blobs, with })
     }
 
     /// Brings all of it into `dir`.
@@ -119,7 +120,10 @@ impl Pull {
 
     async fn take(&self, dir: &Path) -> Result<Contents, Error> {
         (self.with.progress)(0, None, "asking the registry");
-        let mut text = self.manifest(&self.reference).await?;
+        // For all that is asked for later, too.
+        let asked = self.client.auth(&self.reference, &self.auth, RegistryOperation::Pull);
+        let token = self.answer(asked).await?;
+        let mut text = self.manifest(&self.reference, token.as_deref()).await?;
         if let Some(digest) = self.reference.digest() {
             config::check("manifest", &text, config::sha256(digest)?)?;
         }
@@ -128,7 +132,8 @@ impl Pull {
                 break;
             }
             let chosen = config::choose(&text)?;
-            text = self.manifest(&self.reference.clone_with_digest(chosen.digest.clone())).await?;
+            let of = self.reference.clone_with_digest(chosen.digest.clone());
+            text = self.manifest(&of, token.as_deref()).await?;
             config::check("manifest", &text, chosen.sha256()?)?;
         }
         let digest = hex::encode(Sha256::digest(&text));
@@ -170,17 +175,13 @@ impl Pull {
         Ok(LayerAt { file, offset: 0, length, digest: Some(sha256), diff_id: Some(diff_id) })
     }
 
-    async fn manifest(&self, of: &Reference) -> Result<Vec<u8>, Error> {
-        let (text, _) = self.answer(self.client.pull_manifest_raw(of, &self.auth, &MANIFESTS)).await?;
-        if text.len() as u64 > config::MAX_DOCUMENT {
-            let large = format!(
-                "the manifest of {} is larger than {} MiB",
-                self.reference,
-                config::MAX_DOCUMENT >> 20
-            );
-            return Err(Error::new(Code::ResourceExhausted, large));
-        }
-        Ok(text.to_vec())
+    async fn manifest(&self, of: &Reference, token: Option<&str>) -> Result<Vec<u8>, Error> {
+        let asked = self.documents.manifest(of, token, &self.auth);
+        let answer = self.unless_stopped(timeout(DOCUMENT, asked)).await?;
+        answer.map_err(|_| self.slow())?.map_err(|failed| match failed {
+            Failed::Registry(error) => self.refused(error),
+            Failed::Large => documents::too_large(&self.reference),
+        })
     }
 
     /// Refuses what the disk does not hold. What of it is there already is not looked at.

@@ -9,3 +9,5 @@
 mod bus;
 mod host;
 mod keeping;
+mod pulling;
+mod registry;
