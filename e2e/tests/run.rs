@@ -121,6 +121,33 @@ fn workspace_prepare_and_export_work_on_a_vm_that_stays() {
     host.bothy(["workspace", "prepare", "stay", here]).ok();
     host.sh("stay", "cd /root/repo && touch x").ok();
 
+    // What changes here goes there; what both changed does not.
+    host.sh("stay", "cd /root/repo && echo there > README").ok();
+    fs_err::write(dir.join("README"), "here\n").unwrap();
+    fs_err::write(dir.join("later"), "new\n").unwrap();
+    repo::git(&dir, &["add", "later"]);
+    let sync = host.bothy(["workspace", "sync", "stay", here]);
+    assert!(sync.status == 1 && sync.stdout.contains("stays as it is there:\n  README"), "{sync:?}");
+    assert_eq!(host.sh("stay", "cat /root/repo/README /root/repo/later").ok().stdout, "there\nnew\n");
+    let mut watch = host.command("bothy");
+    watch.args(["workspace", "sync", "stay", here, "--watch", "--force"]);
+    let mut watch = host.spawn(&mut watch);
+    let arrived = |content: &str| {
+        for _ in 0..300 {
+            if host.sh("stay", "cat /root/repo/README").stdout == content {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(100));
+        }
+        panic!("{content:?} does not arrive\n{}", host.logs());
+    };
+    arrived("here\n");
+    fs_err::write(dir.join("README"), "here again\n").unwrap();
+    arrived("here again\n");
+    let pid = nix::unistd::Pid::from_raw(watch.inner().id().cast_signed());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
+    assert!(watch.inner().wait().unwrap().success());
+
     host.bothy(["vm", "delete", "stay", "--force"]).ok();
     host.finish();
 }
