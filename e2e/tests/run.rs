@@ -18,6 +18,33 @@ fn run_does_the_same_in_a_machine_that_was_resumed() {
     in_and_back(host);
 }
 
+/// The command has the user's ssh agent for as long as it runs; without one nothing is made.
+#[test]
+fn run_lends_its_command_the_users_ssh_agent() {
+    require_root!();
+    let keys = bothy_testkit::temp_dir();
+    let socket = keys.path().join("agent");
+    let name = socket.to_str().unwrap().to_owned();
+    let mut host = Host::start_with(&[("SSH_AUTH_SOCK", &name)], |config| config.template.max = 1);
+    let dir = repo::sample(&host.scratch());
+    let args = ["run", ".", "--rm", "--ssh-agent", "--", "sh", "-c", "ssh-add -l; echo $SSH_AUTH_SOCK > s"];
+    let refused = host.bothy_in(&dir, args);
+    assert!(refused.status == 125 && refused.stderr.contains("there is no agent"), "{refused:?}");
+    let mut agent = std::process::Command::new("ssh-agent");
+    let agent = host.spawn(agent.args(["-D", "-a", &name]).stdout(std::process::Stdio::null()));
+    let key = keys.path().join("key");
+    let line = format!(
+        "ssh-keygen -q -t ed25519 -N '' -C lent -f {0} && until ssh-add -q {0}; do sleep 0.1; done",
+        key.display()
+    );
+    assert_eq!(host.run_bash(&format!("timeout 30 sh -c \"{line}\"")).status, 0);
+    host.warm(&[]);
+    let ran = host.bothy_in(&dir, args).ok();
+    assert!(ran.stdout.contains(" lent (ED25519)"), "{ran:?}");
+    drop(agent);
+    host.finish();
+}
+
 fn in_and_back(host: Host) {
     let scratch = host.scratch();
     let dir = repo::sample(&scratch);

@@ -24,6 +24,7 @@ mod pull;
 mod registry_auth;
 mod run;
 mod ssh;
+mod ssh_agent;
 mod template;
 mod terminal;
 mod vm;

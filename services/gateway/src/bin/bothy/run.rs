@@ -3,7 +3,9 @@
 //! What can be wrong with the input is found before anything is created. Work is never thrown away: a machine whose
 //! work could not be brought back is kept, also with `--rm`, and it is said how to get at it.
 
-use crate::{Context, Status, cli, exec, interrupt::Interrupts, printer::visible, terminal, vm, workspace};
+use crate::{
+    Context, Status, cli, exec, interrupt::Interrupts, printer::visible, ssh_agent, terminal, vm, workspace,
+};
 use bothy_contract::{Code, Error, vm::VmRecord};
 use bothy_pack::Repository;
 use std::path::{Path, PathBuf};
@@ -13,6 +15,9 @@ pub(crate) async fn main(context: &Context, args: cli::Run) -> Result<Status, Er
     if args.parts.mode == cli::How::Copy {
         return Err(Error::invalid("`run` brings the work back, and a copy without git has no way back")
             .hint("use `--mode shallow`, or `bothy vm create` and `bothy workspace prepare --mode copy`"));
+    }
+    if args.ssh_agent {
+        ssh_agent::check()?;
     }
     let repository = Repository::open(&args.path)?;
     let root = repository.root().to_owned();
@@ -50,7 +55,7 @@ pub(crate) async fn main(context: &Context, args: cli::Run) -> Result<Status, Er
         }
     }
     let shell = args.command.is_empty();
-    let command = exec::Command {
+    let mut command = exec::Command {
         argv: args.command.clone(),
         workdir: args.guest_path.clone(),
         user: "root".to_owned(),
@@ -61,8 +66,23 @@ pub(crate) async fn main(context: &Context, args: cli::Run) -> Result<Status, Er
     if shell && !command.tty {
         context.printer.note("no command was given, so a shell reads stdin");
     }
+    // Until the command has ended.
+    let lent = match args.ssh_agent {
+        true => match ssh_agent::lend(context.gateway.socket(), &vm, &command.user).await {
+            Ok(lent) => Some(lent),
+            Err(e) => {
+                if args.rm {
+                    remove(context, &vm).await;
+                }
+                return Err(e.context("the command did not run"));
+            }
+        },
+        false => None,
+    };
+    command.env.extend(lent.iter().map(|lent| (ssh_agent::VARIABLE.to_owned(), lent.socket.clone())));
     let began = jiff::Timestamp::now();
     let ended = exec::exec(&context.gateway, context.printer, &vm, &command).await;
+    drop(lent);
     if matches!(ended, Ok(status) if status != 0) {
         let allows = if args.rm { vm::Allows::NextRun } else { vm::Allows::Machine };
         vm::denials(context, &vm, began, allows).await;

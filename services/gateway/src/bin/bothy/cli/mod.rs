@@ -127,6 +127,9 @@ pub(crate) struct Run {
     /// Where the repository goes in the machine
     #[arg(long, value_name = "PATH", default_value = DEFAULT_GUEST_PATH)]
     pub(crate) guest_path: String,
+    /// Lend the command your ssh agent; whoever is root in the machine can use its keys meanwhile
+    #[arg(long)]
+    pub(crate) ssh_agent: bool,
     /// Where to save the patch [default: $XDG_STATE_HOME/bothy/patches/<repository>-<machine>.patch]
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) patch: Option<PathBuf>,

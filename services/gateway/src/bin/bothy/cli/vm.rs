@@ -154,6 +154,9 @@ pub(crate) enum Vm {
         /// The user to log in as
         #[arg(long, short, default_value = "root")]
         user: String,
+        /// Lend it your ssh agent (ssh's own -A)
+        #[arg(long)]
+        ssh_agent: bool,
         /// What else ssh gets: options, then a command
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,

@@ -83,7 +83,11 @@ pub(crate) async fn main(context: &Context, command: cli::Vm) -> Result<Status, 
             let command = exec::Command::shell(user, workdir);
             exec::exec(&context.gateway, printer, &vm, &command).await.map(Status)
         }
-        cli::Vm::Ssh { vm, user, args } => {
+        cli::Vm::Ssh { vm, user, ssh_agent, mut args } => {
+            if ssh_agent {
+                crate::ssh_agent::check()?;
+                args.insert(0, "-A".to_owned());
+            }
             let vm = show(context, &vm).await?;
             let mut command = ssh::command(context.gateway.socket(), vm.id, vm.name.as_str(), &user, &args)?;
             // Becomes ssh: its exit status is ours, and the terminal is its own.
