@@ -94,6 +94,19 @@ impl Repository {
         Ok(self.tracked()?.tree)
     }
 
+    /// How many files are tracked.
+    ///
+    /// # Errors
+    /// What git says.
+    pub fn tracked_count(&self) -> Result<u64, Error> {
+        let mut count = 0;
+        self.list(&["ls-files", "--cached", "-z"], |_| {
+            count += 1;
+            Ok(())
+        })?;
+        Ok(count)
+    }
+
     /// Where one would see that a tracked file changes, or which files are tracked: the directories of tracked files, and that of the
     /// index and of HEAD.
     ///

@@ -27,7 +27,7 @@ pub(crate) async fn main(context: &Context, args: cli::Run) -> Result<Status, Er
         // That the default directory can be made and written to, before a VM is made.
         workspace::directory(&workspace::default_patch(&root, "vm")?)?;
     }
-    let (vm, _) = vm::create(context, &args.shape).await?;
+    let (vm, _) = vm::create(context, &args.shape, args.rm).await?;
     let id = vm.id.to_string();
     // The create has caught Ctrl-C, so it would not end this by itself.
     let interrupts = Interrupts::new()?;
@@ -49,7 +49,7 @@ pub(crate) async fn main(context: &Context, args: cli::Run) -> Result<Status, Er
         Err(e) => {
             // Nothing of the user's was ever in it.
             if args.rm {
-                remove(context, &vm).await;
+                vm::delete_after(context, &vm).await;
             }
             return Err(e);
         }
@@ -72,7 +72,7 @@ pub(crate) async fn main(context: &Context, args: cli::Run) -> Result<Status, Er
             Ok(lent) => Some(lent),
             Err(e) => {
                 if args.rm {
-                    remove(context, &vm).await;
+                    vm::delete_after(context, &vm).await;
                 }
                 return Err(e.context("the command did not run"));
             }
@@ -92,7 +92,7 @@ pub(crate) async fn main(context: &Context, args: cli::Run) -> Result<Status, Er
     match (ended, saved) {
         (Ok(status), Ok(())) => {
             if args.rm {
-                remove(context, &vm).await;
+                vm::delete_after(context, &vm).await;
             } else {
                 context.printer.note(format!(
                     "{} goes on running; `bothy vm delete --force {}` deletes it",
@@ -146,19 +146,4 @@ async fn save(context: &Context, vm: &VmRecord, args: &cli::Run, root: &Path) ->
         ));
     }
     Ok(())
-}
-
-/// Deletes the machine. A failure is told, but the command's status stays the result.
-async fn remove(context: &Context, vm: &VmRecord) {
-    let quiet = Context {
-        printer: crate::printer::Printer { json: false, quiet: true },
-        gateway: context.gateway.clone(),
-    };
-    match vm::delete_quietly(&quiet, vm).await {
-        Ok(()) => context.printer.note(format!("{} is deleted", vm.name)),
-        Err(e) => context.printer.error(
-            &e.context(format!("{} was not deleted", vm.name))
-                .hint(format!("try `bothy vm delete --force {}`", vm.name)),
-        ),
-    }
 }

@@ -2,6 +2,7 @@
 //! from a guest, which is hostile: a patch is looked at whole before it gets the name that it is recommended under.
 
 mod export;
+mod sending;
 mod status;
 mod sync;
 mod watch;
@@ -21,6 +22,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
+use sending::{Gone, drawn};
 use std::io::{self, Write};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -114,8 +116,9 @@ pub(crate) async fn import(
     force: bool,
 ) -> Result<ImportReport, Error> {
     let options = parts.options();
+    let files = repository.tracked_count().ok();
     let how = How { guest_path, force, readonly: parts.readonly };
-    let (report, summary) = send(context, vm, &how, move |out| repository.pack(&options, out))
+    let (report, summary) = send(context, vm, &how, files, move |out| repository.pack(&options, out))
         .await
         .map_err(|e| e.context("the repository was not put into the machine"))?;
     remarks(context, &summary);
@@ -134,11 +137,14 @@ async fn send<S: Send + 'static>(
     context: &Context,
     vm: &str,
     how: &How<'_>,
+    files: Option<u64>,
     pack: impl FnOnce(&mut dyn Write) -> Result<S, Error> + Send + 'static,
 ) -> Result<(ImportReport, S), Error> {
     let (send, receive) = mpsc::channel::<Result<Bytes, Error>>(QUEUE);
+    let gone = Gone::default();
+    let counted = gone.clone();
     let packing = tokio::task::spawn_blocking(move || {
-        let mut out = io::BufWriter::with_capacity(PIECE, Pieces(send.clone()));
+        let mut out = io::BufWriter::with_capacity(PIECE, Pieces(send.clone(), counted.clone()));
         let packed = pack(&mut out).and_then(|summary| {
             out.flush().map(|()| summary).map_err(|e| Error::internal("cannot send the pack", &e))
         });
@@ -148,6 +154,7 @@ async fn send<S: Send + 'static>(
             // The body must not look whole. Nobody listening means that the request has failed already.
             let _ = send.blocking_send(Err(e.clone()));
         }
+        counted.all();
         packed
     });
     let body: Body =
@@ -159,7 +166,8 @@ async fn send<S: Send + 'static>(
         how.force,
         how.readonly
     );
-    let sent = context.gateway.upload::<ImportReport>(&path, body).await;
+    let upload = context.gateway.upload::<ImportReport>(&path, body);
+    let sent = drawn(context.printer, files, &gone, upload).await;
     let packed = packing.await.map_err(|e| Error::internal("packing the repository broke off", &e))?;
     match (sent, packed) {
         (Ok(report), Ok(summary)) => Ok((report, summary)),
@@ -188,12 +196,13 @@ fn remarks(context: &Context, summary: &PackSummary) {
 const GONE: &str = "the gateway takes no more of the pack";
 
 /// The writer's end of a queue of pieces.
-struct Pieces(mpsc::Sender<Result<Bytes, Error>>);
+struct Pieces(mpsc::Sender<Result<Bytes, Error>>, Gone);
 
 impl Write for Pieces {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         self.0
             .blocking_send(Ok(Bytes::copy_from_slice(data)))
+            .map(|()| self.1.add(data.len()))
             .map(|()| data.len())
             .map_err(|_| io::Error::new(io::ErrorKind::BrokenPipe, GONE))
     }

@@ -32,7 +32,7 @@ pub(crate) async fn main(context: &Context, command: cli::Vm) -> Result<Status, 
     let printer = context.printer;
     match command {
         cli::Vm::Create { shape } => {
-            let (vm, outcome) = create(context, &shape).await?;
+            let (vm, outcome) = create(context, &shape, false).await?;
             let timings: Vec<_> = outcome
                 .stages
                 .iter()
@@ -105,6 +105,21 @@ pub(crate) async fn main(context: &Context, command: cli::Vm) -> Result<Status, 
     }
 }
 
+/// Deletes a machine that is of no use any longer. A failure is told; what went before stays the result.
+pub(crate) async fn delete_after(context: &Context, vm: &VmRecord) {
+    let quiet = Context {
+        printer: crate::printer::Printer { json: false, quiet: true },
+        gateway: context.gateway.clone(),
+    };
+    match delete_quietly(&quiet, vm).await {
+        Ok(()) => context.printer.note(format!("{} is deleted", vm.name)),
+        Err(e) => context.printer.error(
+            &e.context(format!("{} was not deleted", vm.name))
+                .hint(format!("try `bothy vm delete --force {}`", vm.name)),
+        ),
+    }
+}
+
 fn path(vm: &str, rest: &str) -> String {
     format!("/v1/vms/{}{rest}", api::segment(vm))
 }
@@ -121,6 +136,7 @@ pub(crate) async fn show(context: &Context, vm: &str) -> Result<VmRecord, Error>
 pub(crate) async fn create(
     context: &Context,
     args: &cli::Shape,
+    rm: bool,
 ) -> Result<(VmRecord, progress::Outcome), Error> {
     let default = Shape::default();
     let shape = Shape {
@@ -157,7 +173,12 @@ pub(crate) async fn create(
     })?;
     let vm = show(context, &id.to_string()).await?;
     let printer = context.printer;
-    files.send(&context.gateway, printer, &vm).await?;
+    if let Err(e) = files.send(&context.gateway, printer, &vm).await {
+        if rm {
+            delete_after(context, &vm).await;
+        }
+        return Err(e);
+    }
     printer.note(format!("{} is ready ({})", vm.name, duration(outcome.took_us)));
     if args.timings {
         printer.note(outcome.table());

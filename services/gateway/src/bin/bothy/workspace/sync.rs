@@ -113,7 +113,7 @@ async fn once(
         .map_err(|e| Error::internal("packing the changes broke off", &e))??;
     let Some(pack) = pack else { return Ok(SyncReport::default()) };
     let how = How { guest_path, force, readonly: false };
-    let (report, _) = send(context, vm, &how, move |out| pack.write(out)).await?;
+    let (report, _) = send(context, vm, &how, None, move |out| pack.write(out)).await?;
     // A workspace-agent that knows no sync would have refused the pack.
     Ok(report.sync.unwrap_or_default())
 }
