@@ -32,11 +32,11 @@ add_others() {
 r() { g --git-dir="$path/.git" "$@"; }
 
 # A git directory of our own in $work borrows the objects of the repository $path, so that its configuration, hooks and
-# filters are never read, and new objects, the index and locks stay out of it. `g` then works with it. An id such as <id> says
-# which kind of objects there are.
+# filters are never read, and new objects, the index and locks stay out of it. `g` then works with it, and the commit <head> is
+# its HEAD; that also says which kind of ids objects have.
 borrow() {
     mkdir -p "$work/git/objects/info" "$work/git/refs" "$work/git/info"
-    printf 'ref: refs/heads/none\n' >"$work/git/HEAD"
+    printf '%s\n' "$1" >"$work/git/HEAD"
     if [ "${#1}" -eq 64 ]; then
         printf '[core]\n\trepositoryformatversion = 1\n\tbare = true\n[extensions]\n\tobjectformat = sha256\n' >"$work/git/config"
     else

@@ -3,7 +3,9 @@
 path=$1 tmp=$2 nonce=$3 format=$4 since=$5
 command -v git >/dev/null 2>&1 || exit 40
 [ -d "$path/.git" ] && [ ! -L "$path/.git" ] || exit 50
-rm -rf -- "$tmp"/bothy-export-*
+for left in "$tmp"/bothy-export-*; do
+    if [ -e "$left" ]; then rm -rf -- "$left"; fi
+done
 work=$tmp/bothy-export-$nonce
 mkdir -m 700 -- "$work"
 export HOME="$work"
@@ -11,11 +13,12 @@ export HOME="$work"
 trap '[ -s "$work/out" ] || rm -rf -- "$work"' EXIT
 r cat-file --batch-check='%(objectname)' >"$work/names" <<'END'
 refs/bothy/base^{commit}
+refs/bothy/base^{tree}
 refs/bothy/import^{tree}
 refs/bothy/tracked^{tree}
 HEAD^{commit}
 END
-{ read -r base && read -r import && read -r tracked && read -r head; } <"$work/names"
+{ read -r base && read -r base_tree && read -r import && read -r tracked && read -r head; } <"$work/names"
 case $base$import in *' '*) exit 51 ;; esac
 case $tracked in *' '*) tracked= ;; esac
 case $head in *' '*) head= ;; esac
@@ -32,7 +35,15 @@ fi
 borrow "$base"
 : >"$work/out"
 files=0 bytes=0
+# One look is enough where nothing was done, and the import had nothing that its commit has not.
+same() {
+    [ "$head$base_tree$since" = "$base$import" ] || return 1
+    g status --porcelain -z --untracked-files=all --no-renames --ignore-submodules=all >"$work/changes" || return 1
+    [ ! -s "$work/changes" ]
+}
+if [ "$format" = patch ] && same; then format=nothing; fi
 case $format in
+nothing) ;;
 patch)
     snapshot "$import"
     if [ -n "$since" ]; then tree_from=$(g rev-parse "$tree_from"); fi
