@@ -73,7 +73,7 @@ async fn images_and_disks_over_the_bus() {
 }
 
 /// The vm-agent's answer to who there is, with the vm-agent's own rights on the bus.
-fn answer_for_vms(client: Client, vms: Vec<VmRecord>) -> tokio_util::sync::DropGuard {
+pub(crate) fn answer_for_vms(client: Client, vms: Vec<VmRecord>) -> tokio_util::sync::DropGuard {
     let stop = tokio_util::sync::CancellationToken::new();
     let until = stop.clone();
     let answer = move |_, _| {

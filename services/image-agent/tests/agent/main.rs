@@ -9,5 +9,6 @@
 mod bus;
 mod host;
 mod keeping;
+mod pruning;
 mod pulling;
 mod registry;

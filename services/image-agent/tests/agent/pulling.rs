@@ -35,9 +35,8 @@ async fn pull(gateway: &Client, registry: &Registry, tag: &str) -> OpId {
     told.report::<Begun>().await.unwrap().op
 }
 
-async fn import(gateway: &Client, archive: &[u8]) -> OpId {
-    let (mut told, mut send) =
-        open(gateway, "imported", IntakeSource::Archive { name: "a tar".into() }).await;
+pub(crate) async fn import(gateway: &Client, image: &str, archive: &[u8]) -> OpId {
+    let (mut told, mut send) = open(gateway, image, IntakeSource::Archive { name: "a tar".into() }).await;
     for piece in archive.chunks(bothy_tickets::MAX_DATA) {
         send.data(piece).await.unwrap();
     }
@@ -174,7 +173,7 @@ async fn an_import_that_loses_its_agent_leaves_nothing() {
 
     // While an image is made of it, at several moments.
     for stage in ["layers", "flatten", "seeds"] {
-        let op = import(&gateway, &archive).await;
+        let op = import(&gateway, "imported", &archive).await;
         let begun = async {
             loop {
                 let record =
@@ -201,7 +200,7 @@ async fn an_import_that_loses_its_agent_leaves_nothing() {
             assert_eq!(gateway.call::<ImageShow>(&shown).await.unwrap_err().code, Code::NotFound);
         }
     }
-    let op = import(&gateway, &archive).await;
+    let op = import(&gateway, "imported", &archive).await;
     let record = ended(&gateway, op).await;
     assert_eq!(record.state, OpState::Succeeded, "{record:?}");
 }
