@@ -3,6 +3,7 @@
 use crate::{build::Stage, fault, tools::Tool};
 use bothy_contract::{Code, Error};
 use std::{
+    io,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -17,15 +18,26 @@ const INCOMPAT: usize = 0x60;
 const RECOVER: u32 = 0x4;
 const COMPAT: usize = 0x5c;
 const HAS_JOURNAL: u32 = 0x4;
+const SPARSE_SUPER2: u32 = 0x200;
 
 /// Whether the ext4 file system in the file or device at `path` has a journal.
 pub(crate) fn has_journal(path: &Path) -> Result<bool, Error> {
+    let features = compatible(path).map_err(|e| fault::io("cannot read a root file system", &e))?;
+    Ok(features & HAS_JOURNAL != 0)
+}
+
+/// Whether the kernel can grow the ext4 file system at `path` while it is mounted: not where it has no spare superblocks but those
+/// that it names (fs/ext4/resize.c).
+pub(crate) fn grows_mounted(path: &Path) -> io::Result<bool> {
+    Ok(compatible(path)? & SPARSE_SUPER2 == 0)
+}
+
+/// The compatible features of the file system at `path`.
+fn compatible(path: &Path) -> io::Result<u32> {
     use fs_err::os::unix::fs::FileExt as _;
     let mut word = [0; 4];
-    fs_err::File::open(path)
-        .and_then(|file| file.read_exact_at(&mut word, SUPERBLOCK + COMPAT as u64))
-        .map_err(|e| fault::io("cannot read a root file system", &e))?;
-    Ok(u32::from_le_bytes(word) & HAS_JOURNAL != 0)
+    fs_err::File::open(path)?.read_exact_at(&mut word, SUPERBLOCK + COMPAT as u64)?;
+    Ok(u32::from_le_bytes(word))
 }
 
 /// Checks that the file at `path` is an ext4 file system that can be mounted as it is.

@@ -74,6 +74,10 @@ pub(super) trait Backend: fmt::Debug + Sync {
     fn grow(&self, _vm: VmId, home: &Path, bytes: u64) -> io::Result<()> {
         super::sizes::open(&home.join(self.file()))?.set_len(bytes)
     }
+    /// What the guest's file system is on, where it is one of the image's.
+    fn own_file_system(&self, _home: &Path) -> Option<PathBuf> {
+        None
+    }
     /// Whether its `base` is a file that VMs share.
     fn has_base(&self) -> bool;
     /// Whether a template can be made of it.

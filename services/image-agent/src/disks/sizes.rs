@@ -4,7 +4,7 @@
 //! is then told of the new size, and whose guest grows its file system; done before a start, the guest does so as it boots.
 
 use super::{Disks, MAX_MIB, MIB, SYSTEM, WORK, root};
-use crate::fault;
+use crate::{ext4, fault};
 use bothy_contract::{
     Code, Error, VmId,
     image::{DiskUsage, RootDisk},
@@ -60,6 +60,17 @@ impl Disks {
                     has / MIB
                 ))
                 .hint("disks only grow; a smaller one takes a new VM"));
+            }
+            let own = backend.and_then(|backend| backend.own_file_system(&home));
+            let stays = own.filter(|path| wants > has && path.exists());
+            if let Some(path) = stays
+                && !ext4::grows_mounted(&path).map_err(cannot_look)?
+            {
+                return Err(Error::new(
+                    Code::FailedPrecondition,
+                    format!("the {what} of VM {vm} cannot grow: no guest can grow the file system of an image that was imported"),
+                )
+                .hint("say how large it shall be when a VM is created: `--system-disk`"));
             }
             if wants > has {
                 small.push((what, file, backend, wants));

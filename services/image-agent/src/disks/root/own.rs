@@ -13,7 +13,12 @@ use bothy_contract::{
     Error,
     image::{RootDisk, Rootfs},
 };
-use std::{fs::File, io, path::Path, sync::Arc};
+use std::{
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
@@ -65,6 +70,10 @@ impl Backend for Reflink {
     fn attach(&self, place: &Place) -> Result<Rootfs, Error> {
         Ok(attached(place))
     }
+
+    fn own_file_system(&self, home: &Path) -> Option<PathBuf> {
+        Some(home.join(ROOT))
+    }
 }
 
 impl Backend for Copy {
@@ -99,6 +108,10 @@ impl Backend for Copy {
 
     fn attach(&self, place: &Place) -> Result<Rootfs, Error> {
         Ok(attached(place))
+    }
+
+    fn own_file_system(&self, home: &Path) -> Option<PathBuf> {
+        Some(home.join(ROOT))
     }
 }
 

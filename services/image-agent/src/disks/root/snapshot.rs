@@ -27,7 +27,11 @@ use bothy_contract::{
     image::{RootDisk, Rootfs},
 };
 use sha2::{Digest as _, Sha256};
-use std::{io, os::unix::ffi::OsStrExt as _, path::Path};
+use std::{
+    io,
+    os::unix::ffi::OsStrExt as _,
+    path::{Path, PathBuf},
+};
 
 const SECTOR: u64 = 512;
 /// What is copied at once when the guest first writes to it, in bytes: a page, as ext4's blocks.
@@ -120,6 +124,10 @@ impl Backend for Snapshot {
             Some(mapper) => Names::of(home, vm).remove(&mapper).map_err(of),
             None => Ok(()),
         }
+    }
+
+    fn own_file_system(&self, home: &Path) -> Option<PathBuf> {
+        Some(home.join(NODE))
     }
 
     /// The device's user is [`Backend::attach`]'s work; nobody but the kernel opens the file.

@@ -263,3 +263,39 @@ fn a_broken_rootfs_is_said_and_leaves_nothing() {
         assert_eq!(h.disks.list().unwrap(), []);
     });
 }
+
+/// Images that were imported have another writer of file systems than those that were built.
+#[test]
+fn the_root_of_an_imported_image_is_writable_and_as_large_as_it_will_be() {
+    require_root!();
+    on(None, |root| {
+        let h = host(root, RootDisk::Copy);
+        let rootfs = h.store.dir_of(&h.image).join("rootfs.ext4");
+        let (tree, tar) = (root.join("tree"), root.join("tar"));
+        run("tar", &["-C", tree.to_str().unwrap(), "-cf", tar.to_str().unwrap(), "."]);
+        fs_err::remove_file(&rootfs).unwrap();
+        let layer = bothy_flatten::Layer {
+            file: tar,
+            offset: 0,
+            length: None,
+            digest: None,
+            diff_id: None,
+            whiteouts: false,
+        };
+        bothy_flatten::flatten(&[layer], &rootfs, &bothy_flatten::Limits::default(), &|_| Ok(())).unwrap();
+        replant(&h.store, &h.image);
+        let vm = VmId::new();
+        let disk = h.disks.rootfs(&h.store, vm, &h.image, UID, 64).unwrap().base;
+        run("e2fsck", &["-f", "-n", disk.to_str().unwrap()]);
+        assert!(crate::ext4::has_journal(&disk).unwrap());
+        // As large as was asked for from the start, since its guest could not grow it: the kernel says so.
+        let told = run("dumpe2fs", &["-h", disk.to_str().unwrap()]);
+        let blocks = told.lines().find_map(|line| line.strip_prefix("Block count:")).unwrap().trim();
+        assert_eq!(blocks.parse::<u64>().unwrap() * 4096, 64 * MIB);
+        h.disks.work(&h.store, vm, &h.image, UID, 16).unwrap();
+        let refused = h.disks.grow(vm, 16, 2048).unwrap_err();
+        assert!(refused.message.contains("cannot grow") && refused.hint.is_some(), "{refused}");
+        h.disks.grow(vm, 32, 64).unwrap();
+        assert_eq!(h.disks.usage(&[vm]).unwrap()[&vm].system_size, 64 * MIB);
+    });
+}
