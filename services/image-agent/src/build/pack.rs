@@ -7,6 +7,7 @@ use crate::{
     tools::Tool,
 };
 use bothy_contract::{Code, Error};
+use sha2::{Digest as _, Sha256};
 use std::{
     collections::BTreeSet,
     ffi::OsString,
@@ -24,6 +25,14 @@ const SEED_BYTES: u64 = 64 << 20;
 const SEED_JOURNAL_MIB: u64 = 16;
 /// A seed's file system can be grown to this many blocks, 4 TiB, while it is mounted.
 const SEED_MAX_BLOCKS: u64 = (crate::disks::MAX_MIB << 20) / BLOCK;
+/// The most that debugfs is told at once, in bytes.
+const SCRIPT: usize = 1 << 20;
+/// What an entry takes in a directory, on the average and with room to spare, in bytes.
+const ENTRY: u64 = 64;
+/// The clock of e2fsprogs' tools, in seconds since the epoch.
+const CLOCK: &str = "E2FSPROGS_FAKE_TIME";
+/// That of seeds.
+const SEED_TIME: u64 = super::tree::EPOCH;
 /// mkfs of a large tree takes seconds.
 const DEADLINE: Duration = Duration::from_secs(10 * 60);
 
@@ -34,14 +43,28 @@ impl Build {
             blocking(move || needs(&tree).map_err(|e| fault::io("cannot measure the image's tree", &e)))
                 .await?;
         let image = self.out().join("rootfs.ext4");
+        let time = self.newest().await?;
+        clamp(&self.tree(), time).await?;
         // Nobody ever writes to it: no journal, no room for growth, none reserved, no checksums to compute at each read.
-        let mkfs = mkfs(with, &image, "rootfs", blocks)
+        let mkfs = mkfs(with, &image, "rootfs", blocks, time, "")
             .args(["-O", "^has_journal,^resize_inode,^metadata_csum,^64bit", "-m", "0"])
             .args([OsString::from("-N"), inodes.to_string().into(), "-d".into(), self.tree().into()])
             .args([OsString::from(&image), blocks.to_string().into()]);
         mkfs.run(&with.cancel, |_| ()).await?;
+        settle(with, &image, &self.tree(), time).await?;
         publish(&image).await?;
         Ok(format!("{} MiB", blocks * BLOCK / (1 << 20)))
+    }
+
+    /// When the newest package was made, as `customise` has found.
+    async fn newest(&self) -> Result<u64, Error> {
+        let noted = self.work.join("newest");
+        blocking(move || {
+            let text = fs_err::read_to_string(noted)
+                .map_err(|e| fault::io("cannot tell how new the packages are", &e))?;
+            text.parse().map_err(|e| Error::internal("cannot tell how new the packages are", &e))
+        })
+        .await
     }
 
     pub(super) async fn seeds(&self, with: &Stage) -> Result<String, Error> {
@@ -82,17 +105,18 @@ pub(crate) async fn add_journal(with: &Stage, image: &Path) -> Result<(), Error>
 
 async fn seed(with: &Stage, image: &Path, label: &str, home: Option<&Path>) -> Result<(), Error> {
     // A new sparse file is all zeros, so neither mkfs nor the guest's kernel has to write any.
-    let mut tool = mkfs(with, image, label, SEED_BYTES / BLOCK)
+    let grows = format!(",resize={SEED_MAX_BLOCKS},assume_storage_prezeroed=1,root_owner=0:0");
+    let mut tool = mkfs(with, image, label, SEED_BYTES / BLOCK, SEED_TIME, &grows)
         .args(["-m", "0", "-J"])
-        .arg(format!("size={SEED_JOURNAL_MIB}"))
-        .arg("-E")
-        .arg(format!("resize={SEED_MAX_BLOCKS},assume_storage_prezeroed=1,root_owner=0:0"));
+        .arg(format!("size={SEED_JOURNAL_MIB}"));
     if let Some(dir) = home {
+        clamp(dir, SEED_TIME).await?;
         tool = tool.args([OsString::from("-d"), dir.into()]);
     }
     let blocks = (SEED_BYTES / BLOCK).to_string();
     tool.args([OsString::from(image), blocks.into()]).run(&with.cancel, |_| ()).await?;
-    if home.is_some() {
+    if let Some(dir) = home {
+        settle(with, image, dir, SEED_TIME).await?;
         make_home(with, image).await?;
     }
     publish(image).await
@@ -101,7 +125,8 @@ async fn seed(with: &Stage, image: &Path, label: &str, home: Option<&Path>) -> R
 /// mkfs gives its own mode to the root of a file system and puts a `lost+found` in, which a home has not.
 async fn make_home(with: &Stage, image: &Path) -> Result<(), Error> {
     let debugfs = |write: &[&str], command: &str| {
-        Tool::new("debugfs", "e2fsprogs", DEADLINE).args(write).args(["-R", command]).arg(image)
+        let tool = Tool::new("debugfs", "e2fsprogs", DEADLINE).env(CLOCK, SEED_TIME.to_string());
+        tool.args(write).args(["-R", command]).arg(image)
     };
     for command in ["set_inode_field / mode 040700", "rmdir lost+found"] {
         debugfs(&["-w"], command).run(&with.cancel, |_| ()).await?;
@@ -116,9 +141,92 @@ async fn make_home(with: &Stage, image: &Path) -> Result<(), Error> {
         .hint("install e2fsprogs 1.47.0 or later"))
 }
 
-fn mkfs(with: &Stage, image: &Path, label: &str, blocks: u64) -> Tool {
+/// A file system that is the same whenever it is made of the same: it is made at `time`, and what is random elsewhere comes from its
+/// label. `extended` are more of the options of `-E`, a comma in front of each.
+fn mkfs(with: &Stage, image: &Path, label: &str, blocks: u64, time: u64, extended: &str) -> Tool {
     (with.progress)(0, Some(blocks * BLOCK), &format!("{label}: {}", image.display()));
-    Tool::new("mkfs.ext4", "e2fsprogs", DEADLINE).args(["-q", "-F", "-b", "4096", "-L", label])
+    let [id, seed] = ["", " directories"].map(|of| uuid(&format!("bothy {label}{of}")));
+    Tool::new("mkfs.ext4", "e2fsprogs", DEADLINE).env(CLOCK, time.to_string()).args([
+        "-q",
+        "-F",
+        "-b",
+        "4096",
+        "-L",
+        label,
+        "-U",
+        &id,
+        "-E",
+        &format!("hash_seed={seed}{extended}"),
+    ])
+}
+
+/// Makes nothing in `tree`, and not itself, newer than `time`, in seconds since the epoch, and all last read then: mkfs.ext4 takes both
+/// over.
+async fn clamp(tree: &Path, time: u64) -> Result<(), Error> {
+    use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, utimensat};
+    let (tree, time) = (tree.to_owned(), time.cast_signed());
+    let clamp = move || {
+        for path in walk(&tree)?.into_iter().chain([tree]) {
+            let changed = fs_err::symlink_metadata(&path)?.mtime().min(time);
+            let [last_access, last_modification] =
+                [time, changed].map(|tv_sec| Timespec { tv_sec, tv_nsec: 0 });
+            let times = Timestamps { last_access, last_modification };
+            utimensat(CWD, &path, &times, AtFlags::SYMLINK_NOFOLLOW)?;
+        }
+        Ok::<_, io::Error>(())
+    };
+    blocking(move || clamp().map_err(|e| fault::io("cannot set the times of an image's files", &e))).await
+}
+
+/// Gives what `image` has of `tree` the time `time` as that of its last change of status, which no file of the host can be given and
+/// mkfs.ext4 takes over as well.
+async fn settle(with: &Stage, image: &Path, tree: &Path, time: u64) -> Result<(), Error> {
+    let of = tree.to_owned();
+    let scripts = blocking(move || {
+        scripts(&of, time).map_err(|e| fault::io("cannot look through an image's files", &e))
+    })
+    .await?;
+    for script in scripts {
+        let file = image.with_extension("debugfs");
+        fs_err::write(&file, script).map_err(|e| fault::io("cannot write to the image's directory", &e))?;
+        let tool =
+            Tool::new("debugfs", "e2fsprogs", DEADLINE).env(CLOCK, time.to_string()).args(["-w", "-f"]);
+        let ran = tool.args([&file, image]).run(&with.cancel, |_| ()).await;
+        fs_err::remove_file(&file).map_err(|e| fault::io("cannot tidy the image's directory", &e))?;
+        ran?;
+    }
+    Ok(())
+}
+
+/// What debugfs is told for that, in parts: it repeats each line, and only so much of what a tool says is read.
+fn scripts(tree: &Path, time: u64) -> io::Result<Vec<String>> {
+    let mut scripts = vec![String::new()];
+    for path in walk(tree)? {
+        let inside = path.strip_prefix(tree).unwrap_or(&path);
+        // No package has others.
+        let Some(name) = inside.to_str().filter(|name| !name.contains(['"', '\n'])) else { continue };
+        if scripts.last().is_none_or(|last| last.len() > SCRIPT) {
+            scripts.push(String::new());
+        }
+        if let Some(last) = scripts.last_mut() {
+            last.push_str(&format!("set_inode_field \"/{name}\" ctime @{time}\n"));
+        }
+    }
+    Ok(scripts)
+}
+
+/// A UUID made from `text`, RFC 9562's version 8.
+fn uuid(text: &str) -> String {
+    let digest = Sha256::digest(text.as_bytes());
+    let mut bytes: [u8; 16] = digest.first_chunk().copied().unwrap_or_default();
+    for (at, keep, version) in [(6, 0x0f, 0x80), (8, 0x3f, 0x80)] {
+        if let Some(byte) = bytes.get_mut(at) {
+            *byte = *byte & keep | version;
+        }
+    }
+    let hex = hex::encode(bytes);
+    let part = |from: usize, to: usize| hex.get(from..to).unwrap_or_default();
+    format!("{}-{}-{}-{}-{}", part(0, 8), part(8, 12), part(12, 16), part(16, 20), part(20, 32))
 }
 
 /// Makes a finished file public and read-only for all but root.
@@ -137,11 +245,17 @@ fn needs(tree: &Path) -> io::Result<(u64, u64)> {
     let mut linked = BTreeSet::new();
     for path in walk(tree)? {
         let meta = fs_err::symlink_metadata(&path)?;
-        if meta.nlink() > 1 && !meta.is_dir() && !linked.insert(meta.ino()) {
+        if meta.is_dir() {
+            // Not by its size here, which depends on what was ever in it.
+            inodes += 1;
+            blocks += (fs_err::read_dir(&path)?.count() as u64 * ENTRY).div_ceil(BLOCK).max(1);
+            continue;
+        }
+        if meta.nlink() > 1 && !linked.insert(meta.ino()) {
             continue;
         }
         inodes += 1;
-        // A directory or a long link has at least one block.
+        // A long link has at least one block.
         blocks += meta.len().div_ceil(BLOCK).max(u64::from(!meta.is_file()));
     }
     let inodes = inodes + 1024;
@@ -152,6 +266,60 @@ fn needs(tree: &Path) -> io::Result<(u64, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Arc;
+
+    /// The digests of a root file system and both seeds, made of a tree that was made just now.
+    async fn packed(dir: &Path) -> Vec<String> {
+        let build = Build {
+            name: "a".parse().unwrap(),
+            recipe: crate::recipe::Recipe::load(
+                &Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guest/images"),
+                &bothy_contract::ImageName::default_image(),
+            )
+            .unwrap(),
+            store: crate::store::Store::new(dir),
+            netns: None,
+            work: dir.join("work"),
+        };
+        let (tree, home) = (build.tree(), build.work.join("home"));
+        for dir in [&tree.join("etc/deep"), &build.out(), &home.join(".ssh")] {
+            fs_err::create_dir_all(dir).unwrap();
+        }
+        // A directory that had much in it.
+        for n in 0..500 {
+            fs_err::write(tree.join(format!("etc/{n}-{}", "x".repeat(100))), "").unwrap();
+        }
+        for n in 0..500 {
+            fs_err::remove_file(tree.join(format!("etc/{n}-{}", "x".repeat(100)))).unwrap();
+        }
+        for n in 0..60 {
+            fs_err::write(tree.join(format!("etc/deep/{n}")), format!("{n}").repeat(n * 100)).unwrap();
+        }
+        std::os::unix::fs::symlink("deep/1", tree.join("etc/link")).unwrap();
+        fs_err::hard_link(tree.join("etc/deep/2"), tree.join("etc/same")).unwrap();
+        fs_err::write(home.join(".profile"), "a home").unwrap();
+        fs_err::write(build.work.join("newest"), "1750000000").unwrap();
+        let with =
+            Stage { cancel: tokio_util::sync::CancellationToken::new(), progress: Arc::new(|_, _, _| ()) };
+        build.pack_rootfs(&with).await.unwrap();
+        build.seeds(&with).await.unwrap();
+        let files = ["rootfs.ext4", "system-seed.ext4", "work-seed.ext4"];
+        files.map(|file| crate::digest::of_file(&build.out().join(file), &crate::digest::on).unwrap()).into()
+    }
+
+    #[tokio::test]
+    async fn the_same_files_make_the_same_image_at_another_time() {
+        bothy_testkit::require_root!();
+        let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        let first = packed(dirs[0].path()).await;
+        // Another second, in which files, directories and file systems are made.
+        tokio::time::sleep(Duration::from_millis(1100)).await;
+        assert_eq!(packed(dirs[1].path()).await, first);
+        let other = tempfile::tempdir().unwrap();
+        fs_err::create_dir_all(other.path().join("work/tree")).unwrap();
+        fs_err::write(other.path().join("work/tree/more"), "").unwrap();
+        assert_ne!(packed(other.path()).await[0], first[0], "and others another");
+    }
 
     #[test]
     fn what_a_tree_needs_counts_hard_links_once() {

@@ -16,6 +16,9 @@ use std::{
     time::Duration,
 };
 
+/// The time that packages' own scripts take it to be (reproducible-builds.org, SOURCE_DATE_EPOCH), and that of file systems with no
+/// package in them: in November of 2023.
+pub(super) const EPOCH: u64 = 1_700_000_000;
 /// apt's configuration on this host.
 const APT: &str = "/etc/apt";
 /// Where the kernel's package waits in the tree until the stage `kernel` takes it.
@@ -99,6 +102,7 @@ impl Build {
             .env("KERNEL", &spec.kernel)
             .env("HOST", self.work.join("host"))
             .env("DEBIAN_FRONTEND", "noninteractive")
+            .env("SOURCE_DATE_EPOCH", EPOCH.to_string())
             .args([OsString::from(&suite), self.tree().into(), list.into()]);
         for (n, script) in spec.run.iter().enumerate() {
             mmdebstrap = mmdebstrap.env(format!("RUN_{n}"), script);
@@ -117,7 +121,9 @@ impl Build {
     pub(super) async fn customise(&self) -> Result<String, Error> {
         let (tree, recipe, work) = (self.tree(), self.recipe.clone(), self.work.clone());
         blocking(move || {
-            customise(&tree, &recipe, &work.join("home"))
+            newest(&tree)
+                .and_then(|time| fs_err::write(work.join("newest"), time.to_string()))
+                .and_then(|()| customise(&tree, &recipe, &work.join("home")))
                 .map_err(|e| fault::io("cannot put the recipe's files into the image", &e))?;
             Ok(format!("{} units masked", recipe.spec.mask.len()))
         })
@@ -179,6 +185,21 @@ fn host_codename() -> Result<String, Error> {
 fn codename(os_release: &str) -> Option<String> {
     let fields: BTreeMap<_, _> = os_release.lines().filter_map(|l| l.split_once('=')).collect();
     fields.get("VERSION_CODENAME").map(|v| v.trim_matches(['"', '\'']).to_owned()).filter(|v| !v.is_empty())
+}
+
+/// When the newest of the packages in `tree` was made, by their own changelogs and copyrights, which keep the times that they were
+/// packed with: another one only where another package is in.
+fn newest(tree: &Path) -> io::Result<u64> {
+    use std::os::unix::fs::MetadataExt as _;
+    let mut newest = EPOCH;
+    for path in walk(&tree.join("usr/share/doc"))? {
+        let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+        let meta = fs_err::symlink_metadata(&path)?;
+        if meta.is_file() && (name == b"copyright" || name.starts_with(b"changelog")) {
+            newest = newest.max(meta.mtime().try_into().unwrap_or_default());
+        }
+    }
+    Ok(newest)
 }
 
 /// Everything that happens to the tree once its packages are in; `home` gets the skeleton of the work disk.
