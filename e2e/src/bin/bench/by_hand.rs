@@ -67,19 +67,21 @@ pub(crate) async fn resume(recipe: &Recipe, saved: &Saved, work: &Path) -> io::R
     Ok(resumed.agent)
 }
 
-/// The same, and on: the guest becomes the machine `who` and runs `sh -c true`, over the one connection; from the VMM's start
-/// to that command's end. `seed` is what its work disk begins as.
+/// The same, and on: the guest becomes the machine `who`, if it is to be another, and runs `sh -c true`, over the one connection; from
+/// the VMM's start to that command's end. `seed` is what its work disk begins as.
 pub(crate) async fn become_and_run(
     recipe: &Recipe,
     saved: &Saved,
     (seed, work): (&Path, &Path),
-    who: v1::PersonaliseRequest,
+    who: Option<v1::PersonaliseRequest>,
 ) -> io::Result<Duration> {
     let copied = Command::new("cp").arg("--sparse=always").args([seed, work]).status()?;
     assert!(copied.success(), "cannot copy {}", seed.display());
     let (machine, mut guest, resumed) = recipe.resume(saved, work).await?;
     let answered = Instant::now();
-    guest.personalise(who).await.map_err(io::Error::other)?;
+    if let Some(who) = who {
+        guest.personalise(who).await.map_err(io::Error::other)?;
+    }
     let argv = ["sh", "-c", "true"].map(str::to_owned).into();
     let start = exec_input::Input::Start(v1::ExecStart { argv, ..Default::default() });
     let begin = futures::stream::iter([v1::ExecInput { input: Some(start) }]);
