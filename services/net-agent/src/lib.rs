@@ -16,6 +16,7 @@ pub mod network;
 pub mod nft;
 pub mod plan;
 pub mod publish;
+pub mod resolved;
 pub mod ruleset;
 pub mod service;
 pub mod slots;

@@ -2,10 +2,10 @@
 
 use bothy_bus::Client;
 use bothy_config::Config;
-use bothy_contract::{Error, Service, methods::VmTouch, vm::VmRef};
-use bothy_net_agent::{dns::server::Dns, network::Network, service};
+use bothy_contract::{Error, Service, methods::VmTouch, net::NameServer, vm::VmRef};
+use bothy_net_agent::{dns::server::Dns, network::Network, resolved::HostResolver, service};
 use clap::Parser;
-use std::{path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode, sync::Arc};
 use tokio_util::sync::CancellationToken;
 
 /// The network of bothy's VMs: bridge, TAPs, addresses, NAT, names.
@@ -25,10 +25,16 @@ fn main() -> ExitCode {
 async fn run(args: Args, stop: CancellationToken) -> Result<(), Error> {
     let config = Config::load(&args.config)?;
     let network = Network::start(&config).await?;
-    let dns = Dns::start(network.clone(), config.net.resolv_conf.clone()).await;
+    let dns = Arc::new(Dns::start(network.clone(), config.net.resolv_conf.clone()).await);
+    let resolver = HostResolver::start(&config.net, network.clone(), Arc::clone(&dns));
     let client = Client::connect(&config, Service::Net).await?;
     tokio::spawn(tell_of_unreached(client.clone(), network.clone()));
-    service::run(client, network, dns, stop, bothy_daemon::ready).await
+    let state = resolver.state();
+    let status = move || NameServer { resolved: Some(state.get()), ..dns.status() };
+    let done = service::run(client, network, status, stop, bothy_daemon::ready).await;
+    // While names are still answered.
+    resolver.stop().await;
+    done
 }
 
 /// Tells the vm-agent of guests that somebody waits for: one that rests goes on then.

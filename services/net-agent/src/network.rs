@@ -252,6 +252,12 @@ impl Network {
         Arc::clone(&self.0.zone)
     }
 
+    /// The bridge's index, as long as there is one.
+    pub async fn bridge_index(&self) -> Option<u32> {
+        let found = self.0.devices.links.find(&self.0.plan.bridge).await;
+        found.ok().flatten().map(|link| link.index)
+    }
+
     fn locked_vms(&self) -> MutexGuard<'_, BTreeMap<VmId, Held>> {
         self.0.vms()
     }

@@ -1,6 +1,6 @@
 //! The agent's methods on the bus.
 
-use crate::{dns::server::Dns, network::Network};
+use crate::network::Network;
 use bothy_bus::{Client, Server};
 use bothy_contract::{
     Error,
@@ -8,7 +8,7 @@ use bothy_contract::{
         NetEgressSet, NetEgressShow, NetGroupsSet, NetHostShow, NetHostTeardown, NetLeaseAcquire,
         NetLeaseList, NetLeaseRelease, NetNameSet, NetNameUnset, NetPortsPublish,
     },
-    net::{Done, NetHost},
+    net::{Done, NameServer, NetHost},
 };
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
@@ -16,7 +16,8 @@ use tokio_util::sync::CancellationToken;
 /// Requests that are executed at once; the others wait.
 const CONCURRENCY: usize = 64;
 
-/// Answers until `shutdown`, on the bus and, by `dns`, guests' questions, keeping the pool filled meanwhile. `ready` is called once the methods are there.
+/// Answers on the bus until `shutdown`, keeping the pool filled meanwhile. `names` says how guests' questions are answered;
+/// `ready` is called once the methods are there.
 ///
 /// The kernel's state is left as it is at the end: VMs run on, and the next agent finds it again.
 ///
@@ -25,7 +26,7 @@ const CONCURRENCY: usize = 64;
 pub async fn run(
     client: Client,
     network: Network,
-    dns: Dns,
+    names: impl Fn() -> NameServer + Send + Sync + 'static,
     shutdown: CancellationToken,
     ready: impl FnOnce() + Send + 'static,
 ) -> Result<(), Error> {
@@ -75,10 +76,10 @@ pub async fn run(
         let net = net.clone();
         async move { Ok(net.list()) }
     });
-    let (net, dns) = (network.clone(), Arc::new(dns));
+    let (net, names) = (network.clone(), Arc::new(names));
     let server = server.serve::<NetHostShow, _, _>(move |_, _| {
-        let (net, dns) = (net.clone(), Arc::clone(&dns));
-        async move { Ok(NetHost { dns: Some(dns.status()), ..net.show() }) }
+        let (net, names) = (net.clone(), Arc::clone(&names));
+        async move { Ok(NetHost { dns: Some(names()), ..net.show() }) }
     });
     let net = network.clone();
     let server = server.serve::<NetHostTeardown, _, _>(move |_, _| {

@@ -85,6 +85,8 @@ pub struct Net {
     pub tap_pool_size: u32,
     /// The file that names the host's own resolvers, in the form of resolv.conf(5): where guests' names are looked up.
     pub resolv_conf: PathBuf,
+    /// Whether the host's systemd-resolved, where there is one, is told to ask the bridge for the names of VMs.
+    pub resolved: bool,
 }
 
 impl Default for Net {
@@ -96,6 +98,7 @@ impl Default for Net {
             prefix: 24,
             tap_pool_size: 4,
             resolv_conf: "/etc/resolv.conf".into(),
+            resolved: true,
         }
     }
 }

@@ -385,6 +385,23 @@ pub struct NameServer {
     /// The host's own resolvers, which it asks for names other than VMs'.
     #[serde(default)]
     pub resolvers: Vec<SocketAddr>,
+    /// What has become of telling the host's own resolver; none where the net-agent does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resolved: Option<Resolved>,
+}
+
+/// Whether the host's systemd-resolved asks the name server for guests for the names of VMs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Resolved {
+    /// It is not told: `net.resolved` is false.
+    Off,
+    /// It does not run, as far as the system bus knows.
+    Absent,
+    /// It has been told: what is below `vm`, and the way back from guests' addresses, goes to the bridge.
+    Told,
+    /// It runs and does not take it, with the reason.
+    Refused(String),
 }
 
 /// Removes the bridge, the TAPs and the rules from the kernel, for `host down`. Leases are kept; the next start makes

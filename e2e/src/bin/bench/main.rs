@@ -10,6 +10,7 @@
 //! - `flatten [pairs]`: layers of 500 MiB to an ext4 file system, against `tar -x` of them and `mkfs.ext4 -d`.
 //! - `workspace [pairs] [files]`: a repository of 20,000 files and 400 MiB into a guest and out again, against `tar` through the same
 //!   channel, git over ssh and `git status` in the guest.
+//! - `lease [leases]`: what the lease of a warm slot costs over the bus, for one client at a time and for twenty at once.
 //! - `idle`: the resident memory of the five services and the bus, with nothing to do.
 #![expect(clippy::print_stdout, reason = "a program for people")]
 #![expect(
@@ -25,6 +26,7 @@ mod crowd;
 mod end;
 mod flatten;
 mod idle;
+mod lease;
 mod many;
 mod template;
 mod workspace;
@@ -38,13 +40,14 @@ fn main() {
         Some("many") => many::run(number(50)),
         Some("end") => end::run(number(5)),
         Some("flatten") => flatten::run(number(3)),
+        Some("lease") => lease::run(number(200)),
         Some("idle") => idle::run(),
         Some("template") => template::run(number(5)),
         Some("workspace") => {
             workspace::run(number(1), args.get(2).map_or(20_000, |n| n.parse().expect("a number of files")));
         }
         _ => panic!(
-            "usage: bench create [pairs] | crowd [vms] | many [vms] | end [pairs] | flatten [pairs] | idle | template [pairs] | \
+            "usage: bench create [pairs] | crowd [vms] | many [vms] | end [pairs] | flatten [pairs] | lease [leases] | idle | template [pairs] | \
              workspace [pairs] [files]"
         ),
     }

@@ -84,6 +84,7 @@ impl Dns {
             listens: places.iter().filter(|(_, why)| why.is_none()).map(|(at, _)| *at).collect(),
             failures: places.values().flatten().cloned().collect(),
             resolvers: self.shared.answerer.upstream().servers(),
+            resolved: None,
         }
     }
 }

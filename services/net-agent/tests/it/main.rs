@@ -13,6 +13,7 @@ mod dns_hostile;
 mod egress;
 mod groups;
 mod guest;
+mod host_names;
 mod leases;
 mod machine;
 mod packets;
