@@ -133,7 +133,7 @@ impl Network {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
-                () = self.0.wanted.notified() => {}
+                () = self.0.wanted.notified() => self.0.quiet().await,
                 _ = tick.tick() => if let Err(error) = self.check().await {
                     tracing::error!(%error, "cannot check the network");
                 },
@@ -300,6 +300,10 @@ impl Inner {
             }
             if let Some(groups) = request.groups {
                 self.apply_groups(vm, &held, &groups).await?;
+            }
+            // A free slot reaches nothing.
+            if egress == held.egress {
+                return Ok(());
             }
             self.apply_egress(vm, &held, &egress).await
         };

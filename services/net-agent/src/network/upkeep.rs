@@ -12,9 +12,25 @@ use bothy_contract::{Code, Error};
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    time::Duration,
 };
 
+/// How long nobody must take a slot before the pool is filled up again, and how often that is waited for.
+const QUIET: Duration = Duration::from_millis(30);
+const QUIET_TRIES: u32 = 10;
+
 impl Inner {
+    /// Waits until nobody has taken a slot for a moment, or none is left: to make devices keeps the kernel's locks busy, and whoever
+    /// takes a warm slot would wait for them.
+    pub(super) async fn quiet(&self) {
+        for _ in 0..QUIET_TRIES {
+            let dry = self.slots().warm() == 0;
+            if dry || tokio::time::timeout(QUIET, self.wanted.notified()).await.is_err() {
+                return;
+            }
+        }
+    }
+
     pub(super) async fn refill(&self) -> Result<(), Error> {
         let _one = self.refilling.lock().await;
         let up = self.gate.read().await;
