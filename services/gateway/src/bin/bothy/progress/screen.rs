@@ -16,7 +16,8 @@ pub(crate) struct Screen {
 }
 
 impl Screen {
-    pub(super) fn new(printer: Printer) -> Self {
+    /// One for `printer`.
+    pub(crate) fn new(printer: Printer) -> Self {
         let bars = printer.draws().then(MultiProgress::new);
         let still = bars.as_ref().and_then(|_| Still::enter());
         Self { printer, bars, _still: still }
@@ -36,9 +37,10 @@ impl Screen {
         }
     }
 
-    fn spinner(&self, template: &str, prefix: &str) -> Option<ProgressBar> {
+    /// A spinner for `prefix`, with what its message says; none where nothing is drawn.
+    pub(crate) fn spinner(&self, prefix: &str) -> Option<ProgressBar> {
         let bar = self.bars.as_ref()?.add(ProgressBar::new_spinner());
-        if let Ok(style) = ProgressStyle::with_template(template) {
+        if let Ok(style) = ProgressStyle::with_template("{spinner:.cyan} {prefix:<18} {elapsed:>7} {msg}") {
             bar.set_style(style);
         }
         bar.set_prefix(visible(prefix));
@@ -64,10 +66,7 @@ impl<'a> View<'a> {
     /// A view of all stages, or one line for `name`.
     pub(super) fn new(screen: &'a Screen, name: Option<&str>) -> Self {
         let kind = match name {
-            Some(name) => Kind::Line {
-                bar: screen.spinner("{spinner:.cyan} {prefix:<18} {elapsed:>7} {msg}", name),
-                running: Vec::new(),
-            },
+            Some(name) => Kind::Line { bar: screen.spinner(name), running: Vec::new() },
             None => Kind::Stages(BTreeMap::new()),
         };
         Self { screen, kind }
@@ -76,7 +75,7 @@ impl<'a> View<'a> {
     pub(super) fn started(&mut self, stage: &str) {
         match &mut self.kind {
             Kind::Stages(bars) => {
-                let bar = self.screen.spinner("{spinner:.cyan} {prefix:<18} {elapsed:>7} {msg}", stage);
+                let bar = self.screen.spinner(stage);
                 bars.extend(bar.map(|bar| (stage.to_owned(), bar)));
             }
             Kind::Line { bar, running } => {

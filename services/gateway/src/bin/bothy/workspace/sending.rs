@@ -1,7 +1,9 @@
 //! A repository on its way, drawn where there is a terminal: first it is packed, then it goes, then the machine builds it.
 
-use crate::printer::{Printer, size};
-use indicatif::{ProgressBar, ProgressStyle};
+use crate::{
+    printer::{Printer, size},
+    progress::Screen,
+};
 use std::{
     sync::{
         Arc,
@@ -36,14 +38,8 @@ pub(super) async fn drawn<T>(
     gone: &Gone,
     done: impl Future<Output = T>,
 ) -> T {
-    if !printer.draws() {
-        return done.await;
-    }
-    let bar = ProgressBar::new_spinner();
-    if let Ok(style) = ProgressStyle::with_template("{spinner:.cyan} {prefix:<18} {elapsed:>7} {msg}") {
-        bar.set_style(style);
-    }
-    bar.set_prefix("repository");
+    let screen = Screen::new(printer);
+    let Some(bar) = screen.spinner("repository") else { return done.await };
     let mut tick = tokio::time::interval(TICK);
     tokio::pin!(done);
     loop {
@@ -52,10 +48,7 @@ pub(super) async fn drawn<T>(
                 bar.finish_and_clear();
                 return done;
             }
-            _ = tick.tick() => {
-                bar.set_message(words(gone.0.load(Ordering::Relaxed), files));
-                bar.tick();
-            }
+            _ = tick.tick() => bar.set_message(words(gone.0.load(Ordering::Relaxed), files)),
         }
     }
 }
