@@ -27,7 +27,10 @@ pub(crate) fn run() -> ExitCode {
 fn stay() -> Result<Infallible, String> {
     let (mount, unit) = cgroup::own()?;
     if unit == mount {
-        return Err("it is for the unit bothy-vms.service, and this is not in a unit".to_owned());
+        return Err(
+            "it is for the unit bothy-vms.service, and this is not in one: `systemctl start bothy-vms`"
+                .to_owned(),
+        );
     }
     cgroup::enter(&unit.join(OWN)).map_err(|e| format!("its group is not delegated to it: {e}"))?;
     sd_notify::notify(&[sd_notify::NotifyState::Ready]).map_err(|e| format!("cannot tell systemd: {e}"))?;
