@@ -145,6 +145,9 @@ fn workspace_prepare_and_export_work_on_a_vm_that_stays() {
     host.bothy(["workspace", "prepare", "stay", here, "--force", "--readonly", "--branch", "there"]).ok();
     let wrote = host.sh("stay", "cd /root/repo && git branch --show-current && test ! -e u && touch x");
     assert!(wrote.status != 0 && wrote.stdout == "there\n", "{wrote:?}");
+    fs_err::write(dir.join("README"), "for nobody\n").unwrap();
+    let sync = host.bothy(["workspace", "sync", "stay", here]);
+    assert!(sync.status == 125 && sync.stderr.contains("read-only"), "{sync:?}");
     host.bothy(["workspace", "prepare", "stay", here]).ok();
     host.sh("stay", "cd /root/repo && touch x").ok();
 
@@ -169,6 +172,11 @@ fn workspace_prepare_and_export_work_on_a_vm_that_stays() {
         panic!("{content:?} does not arrive\n{}", host.logs());
     };
     arrived("here\n");
+    // Where there is nothing to read for a moment, it looks again.
+    fs_err::remove_file(dir.join("README")).unwrap();
+    nix::unistd::mkfifo(&dir.join("README"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(1500));
+    fs_err::remove_file(dir.join("README")).unwrap();
     fs_err::write(dir.join("README"), "here again\n").unwrap();
     arrived("here again\n");
     let pid = nix::unistd::Pid::from_raw(watch.inner().id().cast_signed());

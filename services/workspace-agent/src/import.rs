@@ -22,6 +22,8 @@ use tokio_util::sync::CancellationToken;
 
 /// Chunks on their way to the guest; more would only be memory.
 const QUEUED: usize = 4;
+/// How many names of conflicts are passed on; the script gives as many.
+const NAMES: usize = 20;
 
 /// Takes the pack from `pack` and makes the repository at `request.guest_path`.
 ///
@@ -174,7 +176,7 @@ fn synced(told: &str) -> Result<SyncReport, Error> {
         match line.split_once('=') {
             Some(("changed", value)) => report.changed = number(value)?,
             Some(("conflicts", value)) => report.conflicts = number(value)?,
-            Some(("conflict", name)) => report.names.push(name.to_owned()),
+            Some(("conflict", name)) if report.names.len() < NAMES => report.names.push(name.to_owned()),
             _ => {}
         }
     }

@@ -116,8 +116,7 @@ pub(crate) fn start(dir: &Path, args: &[&str]) -> Result<(Running, ChildStdout),
         let other = file.file().try_clone()?;
         Ok((file, Stdio::from(other)))
     };
-    let (stderr, writer) = scratch()
-        .map_err(|e| Error::new(Code::ResourceExhausted, format!("cannot make a temporary file: {e}")))?;
+    let (stderr, writer) = scratch().map_err(no_space)?;
     let mut command = command(dir, args);
     // A pattern with magic is one of the user's, who means it.
     if args.iter().any(|arg| arg.starts_with(":(")) {
@@ -157,14 +156,16 @@ impl Running {
     }
 }
 
+/// The error where no temporary file can be made or used.
+pub(crate) fn no_space(e: std::io::Error) -> Error {
+    Error::new(Code::ResourceExhausted, format!("cannot use a temporary file: {e}"))
+        .hint("free some space, or set TMPDIR to a directory with more of it")
+}
+
 /// Runs git with its output in a private temporary file (in TMPDIR, without a name), positioned at its start; gives
 /// its size in bytes too.
 pub(crate) fn to_file(dir: &Path, args: &[&str]) -> Result<(fs_err::File, u64), Error> {
     use std::io::{Seek, SeekFrom};
-    let no_space = |e: std::io::Error| {
-        Error::new(Code::ResourceExhausted, format!("cannot use a temporary file: {e}"))
-            .hint("free some space, or set TMPDIR to a directory with more of it")
-    };
     let file = tempfile::tempfile().map_err(no_space)?;
     let writer = file.try_clone().map_err(no_space)?;
     let out =

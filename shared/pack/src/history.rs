@@ -2,7 +2,13 @@
 
 use crate::{Mode, Repository, git, standing::quoted};
 use bothy_contract::{Code, Error};
-use std::{collections::HashSet, io::Write, process::Stdio};
+use std::{
+    collections::HashSet,
+    ffi::OsStr,
+    io::Write,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
 
 /// How many commits are recent history.
 pub const RECENT: usize = 50;
@@ -22,7 +28,7 @@ pub(crate) struct History {
 
 /// A pack is read once, by a guest whose processor may be emulated: what git has compressed already, and found to differ little, goes
 /// as it is, and the rest in the quickest way. To look for more costs longer than to send it.
-pub(crate) const PACK_OBJECTS: [&str; 9] = [
+const PACK_OBJECTS: [&str; 9] = [
     "-c",
     "pack.packSizeLimit=0",
     "-c",
@@ -53,19 +59,23 @@ impl Repository {
                 revisions.push('\n');
             }
         }
-        let no_space = |e: std::io::Error| {
-            Error::new(Code::ResourceExhausted, format!("cannot use a temporary directory: {e}"))
-                .hint("free some space, or set TMPDIR to a directory with more of it")
+        let dir = tempfile::tempdir().map_err(git::no_space)?;
+        let made = self.pack_objects(dir.path(), &revisions)?;
+        let (pack, index) = (opened(&made, "pack")?, opened(&made, "idx")?);
+        let commits = match mode {
+            Mode::Full => self.count(head, None)?,
+            _ if boundary.is_empty() => self.count(head, None)?,
+            _ => self.count(head, Some(RECENT))?,
         };
-        let dir = tempfile::tempdir().map_err(no_space)?;
-        let base = dir.path().join("pack");
-        // git makes packs in the repository's own directory of objects before it moves them: that must be another.
-        let scratch = dir.path().join("objects");
-        fs_err::create_dir_all(scratch.join("pack")).map_err(no_space)?;
-        let mut child = git::command(self.root(), PACK_OBJECTS)
-            .arg(&base)
-            .env("GIT_OBJECT_DIRECTORY", &scratch)
-            .env("GIT_ALTERNATE_OBJECT_DIRECTORIES", quoted(&self.objects()?))
+        Ok(History { pack, index, boundary, refs, commits, _dir: dir })
+    }
+
+    /// Packs what `revisions` name (git-pack-objects(1), `--revs`) into files in `dir`; gives what their names are without `.pack` and
+    /// `.idx`. What is in `dir/objects` is known beside the repository's own objects.
+    pub(crate) fn pack_objects(&self, dir: &Path, revisions: &str) -> Result<PathBuf, Error> {
+        let mut child = self
+            .beside(dir, PACK_OBJECTS)?
+            .arg(dir.join("pack"))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -78,23 +88,26 @@ impl Repository {
             return Err(self.cannot_pack(&git::last_words(&out.stderr)));
         }
         told.map_err(|e| Error::internal("cannot tell `git pack-objects` what to pack", &e))?;
-        let name = String::from_utf8_lossy(&out.stdout).trim().to_owned();
-        let open = |suffix: &str| {
-            let file =
-                fs_err::File::open(dir.path().join(format!("pack-{name}.{suffix}"))).map_err(no_space)?;
-            let size = file.metadata().map_err(no_space)?.len();
-            Ok::<_, Error>((file, size))
-        };
-        let (pack, index) = (open("pack")?, open("idx")?);
-        let commits = match mode {
-            Mode::Full => self.count(head, None)?,
-            _ if boundary.is_empty() => self.count(head, None)?,
-            _ => self.count(head, Some(RECENT))?,
-        };
-        Ok(History { pack, index, boundary, refs, commits, _dir: dir })
+        Ok(dir.join(format!("pack-{}", String::from_utf8_lossy(&out.stdout).trim())))
     }
 
-    pub(crate) fn cannot_pack(&self, why: &str) -> Error {
+    /// A git that makes its objects in `dir/objects`, and knows those of the repository: it makes even packs in the directory of
+    /// objects before it moves them.
+    pub(crate) fn beside(
+        &self,
+        dir: &Path,
+        args: impl IntoIterator<Item = impl AsRef<OsStr>>,
+    ) -> Result<Command, Error> {
+        let objects = dir.join("objects");
+        fs_err::create_dir_all(objects.join("pack")).map_err(git::no_space)?;
+        let mut command = git::command(self.root(), args);
+        command
+            .env("GIT_OBJECT_DIRECTORY", &objects)
+            .env("GIT_ALTERNATE_OBJECT_DIRECTORIES", quoted(&self.objects()?));
+        Ok(command)
+    }
+
+    fn cannot_pack(&self, why: &str) -> Error {
         let e = Error::new(Code::FailedPrecondition, format!("`git pack-objects` failed: {why}"));
         let partial = git::maybe(self.root(), &["config", "--get-regexp", r"^remote\..*\.promisor$"]);
         if matches!(partial, Ok(Some(_))) {
@@ -138,4 +151,12 @@ impl Repository {
         }
         Ok(refs)
     }
+}
+
+/// One of the files that [`Repository::pack_objects`] made, and its size in bytes.
+pub(crate) fn opened(made: &Path, extension: &str) -> Result<(fs_err::File, u64), Error> {
+    // The name is no number of ours, and has no dot.
+    let file = fs_err::File::open(made.with_extension(extension)).map_err(git::no_space)?;
+    let size = file.metadata().map_err(git::no_space)?.len();
+    Ok((file, size))
 }

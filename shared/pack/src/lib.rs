@@ -28,7 +28,7 @@ pub use pack::{PackOptions, PackSummary, Packed};
 pub use patch::{MAX_FILES, MAX_INFLATED, MAX_PATCH, PatchSummary, inspect_patch};
 pub use repository::Repository;
 pub use standing::Standing;
-pub use tracked::{Places, SyncPack};
+pub use tracked::{Places, SyncPack, Tracked};
 
 /// Names of the entries of a pack. `META` is first; the others follow in this order.
 pub mod entry {

@@ -40,7 +40,7 @@ impl Repository {
         standing.behind = counts.next().unwrap_or(0);
         standing.ahead = counts.next().unwrap_or(0);
         if let Some(tracked) = tracked.and_then(|tree| object(tree.as_bytes())) {
-            standing.files_differ = Some(self.tracked()?.tree != tracked);
+            standing.files_differ = Some(self.tracked()?.tree() != tracked);
         }
         Ok(standing)
     }

@@ -24,12 +24,20 @@ use std::{
 use tokio::{io::AsyncReadExt, sync::mpsc};
 use tokio_util::sync::CancellationToken;
 
+tokio::task_local! {
+    /// A directory of programs that come before all others in the guest, where a test has one.
+    pub(crate) static TOOLS: PathBuf;
+}
+
 pub(crate) struct HostGuest;
 
 impl HostGuest {
     fn command(script: &Script, args: &[&str]) -> tokio::process::Command {
         let mut cmd = tokio::process::Command::new("/bin/sh");
         cmd.args(["-c", script.text, script.name]).args(args).stdin(Stdio::null()).kill_on_drop(true);
+        if let Ok(tools) = TOOLS.try_with(Clone::clone) {
+            cmd.env("PATH", format!("{}:{}", tools.display(), std::env::var("PATH").unwrap()));
+        }
         cmd
     }
 }

@@ -1,7 +1,8 @@
 //! What changed on the user's side since the import, into the guest's working tree: both sides are at work in all of these.
 
 use crate::support::{
-    assert_untouched, export_as, export_repo, fingerprint, framed, git, import_repo, import_with, tree_of,
+    TOOLS, assert_untouched, export_as, export_repo, fingerprint, framed, git, import_repo, import_with,
+    tree_of,
 };
 use bothy_contract::{
     Code, Error,
@@ -36,10 +37,23 @@ impl Sides {
         Self { tmp, host, guest }
     }
 
+    /// A directory with a `git` that does `line` first where it is called for `what`.
+    fn tools(&self, what: &str, line: &str) -> PathBuf {
+        let dir = self.tmp.path().join("tools");
+        fs_err::create_dir_all(&dir).unwrap();
+        let real = git_path();
+        let text = format!("#!/bin/sh\ncase \"$*\" in *'{what}'*) {line} ;; esac\nexec {real} \"$@\"\n");
+        fs_err::write(dir.join("git"), text).unwrap();
+        fs_err::set_permissions(dir.join("git"), std::fs::Permissions::from_mode(0o755)).unwrap();
+        dir
+    }
+
     async fn sync(&self, force: bool) -> Result<SyncReport, Error> {
         let standing = export_as(&self.guest, self.tmp.path(), ExportFormat::Status, None).await?.1.guest;
         let repository = Repository::open(&self.host)?;
-        let Some(sync) = repository.sync(&standing.base, standing.tracked.as_deref())? else {
+        let Some(sync) =
+            repository.sync(&repository.tracked()?, &standing.base, standing.tracked.as_deref())?
+        else {
             return Ok(SyncReport::default());
         };
         let mut pack = Vec::new();
@@ -64,6 +78,11 @@ impl Sides {
     fn in_guest(&self, name: &str) -> String {
         fs_err::read_to_string(self.guest.join(name)).unwrap()
     }
+}
+
+fn git_path() -> String {
+    let out = std::process::Command::new("sh").args(["-c", "command -v git"]).output().unwrap();
+    String::from_utf8(out.stdout).unwrap().trim().to_owned()
 }
 
 fn clean(changed: u64) -> SyncReport {
@@ -208,14 +227,15 @@ async fn what_cannot_be_synced_is_refused_and_nothing_changes() {
     let sides = Sides::new().await;
     sides.host("a", "edited here\n");
     let repository = Repository::open(&sides.host).unwrap();
+    let now = repository.tracked().unwrap();
     for base in ["", "HEAD", "--all", &"0".repeat(40)] {
-        let e = repository.sync(base, None).unwrap_err();
+        let e = repository.sync(&now, base, None).unwrap_err();
         assert!(matches!(e.code, Code::InvalidArgument | Code::FailedPrecondition), "{base}: {e}");
     }
     let before = fingerprint(&sides.guest);
     let base = git(&sides.host, &["rev-parse", "HEAD"]);
     let mut pack = Vec::new();
-    repository.sync(&base, None).unwrap().unwrap().write(&mut pack).unwrap();
+    repository.sync(&now, &base, None).unwrap().unwrap().write(&mut pack).unwrap();
     let half = framed(&pack[..pack.len() / 2], true).await;
     assert!(import_with(&sides.guest, &half, false).await.is_err());
     assert_untouched(&sides.guest, &before);
@@ -226,6 +246,46 @@ async fn what_cannot_be_synced_is_refused_and_nothing_changes() {
     let lost = import_with(&sides.guest, &frames, false).await.unwrap_err();
     assert_eq!(lost.code, Code::FailedPrecondition, "{lost}");
     assert_eq!(sides.in_guest("a"), "a: one\na: two\n");
+}
+
+#[tokio::test]
+async fn a_file_that_is_written_to_meanwhile_is_not_overwritten() {
+    let sides = Sides::new().await;
+    sides.host("a", "edited here\n");
+    sides.host("b", "edited here\n");
+    let writes = format!("echo meanwhile > {}", sides.guest.join("b").display());
+    let tools = sides.tools("read-tree -m -u", &writes);
+    let e = TOOLS.scope(tools, sides.sync(false)).await.unwrap_err();
+    assert!(e.retryable && e.message.contains("changed while it was synced"), "{e}");
+    assert_eq!((sides.in_guest("a"), sides.in_guest("b")), ("a: one\na: two\n".into(), "meanwhile\n".into()));
+    let again = SyncReport { changed: 1, conflicts: 1, names: vec!["b".into()] };
+    assert_eq!(sides.sync(false).await.unwrap(), again);
+}
+
+/// The files are there and the references are not moved yet: a crash at that moment is no loss, and no conflict.
+#[tokio::test]
+async fn a_sync_that_is_killed_before_it_ends_is_mended_by_the_next() {
+    let sides = Sides::new().await;
+    sides.host("a", "edited here\n");
+    sides.guest("c", "the guest's\n");
+    let tools = sides.tools("update-ref --stdin", "kill -9 $PPID; exit 1");
+    assert!(TOOLS.scope(tools, sides.sync(false)).await.is_err());
+    assert_eq!(sides.in_guest("a"), "edited here\n");
+    sides.host("b", "edited here, too\n");
+    assert_eq!(sides.sync(false).await.unwrap(), clean(1));
+    let patch = sides.patch().await;
+    let files: Vec<_> = patch.lines().filter(|line| line.starts_with("diff --git")).collect();
+    assert_eq!(files, ["diff --git a/c b/c"]);
+}
+
+/// A tracked file that git cannot read is a reason to look again, not to give up.
+#[tokio::test]
+async fn files_that_cannot_be_read_are_tried_again() {
+    let sides = Sides::new().await;
+    fs_err::remove_file(sides.host.join("a")).unwrap();
+    nix::unistd::mkfifo(&sides.host.join("a"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let e = sides.sync(false).await.unwrap_err();
+    assert!(e.retryable && e.hint.is_some(), "{e}");
 }
 
 /// What a guest says was imported chooses only what is left out: no object of the history goes but those of the present tree.
@@ -241,7 +301,8 @@ async fn a_guest_that_names_another_commit_gets_nothing_of_the_history() {
         let base = git(&sides.host, &["rev-parse", base]);
         let mut pack = Vec::new();
         let repository = Repository::open(&sides.host).unwrap();
-        repository.sync(&base, None).unwrap().unwrap().write(&mut pack).unwrap();
+        let now = repository.tracked().unwrap();
+        repository.sync(&now, &base, None).unwrap().unwrap().write(&mut pack).unwrap();
         let mut tar = tar::Archive::new(pack.as_slice());
         let mut entry = tar.entries().unwrap().nth(1).unwrap().unwrap();
         assert_eq!(entry.path().unwrap(), Path::new("history.pack"));

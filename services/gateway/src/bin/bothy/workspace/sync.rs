@@ -29,7 +29,7 @@ pub(crate) async fn main(context: &Context, args: cli::Sync) -> Result<Status, E
     if args.watch {
         return watch(context, &vm, &repository, &args).await;
     }
-    let report = once(context, &vm.id.to_string(), repository, &args.guest_path, args.force).await?;
+    let (_, report) = once(context, &vm, &repository, &args, None).await?.unwrap_or_default();
     context
         .printer
         .record(&value(&vm, &args, &report), |_| visible(&told(&report, vm.name.as_str(), args.force)))?;
@@ -56,20 +56,19 @@ async fn watch(
         vm.name
     ));
     loop {
-        let tree = repository.tracked_tree()?;
-        if last.as_ref().is_none_or(|(synced, _)| *synced != tree) {
-            let id = vm.id.to_string();
-            let done = tokio::select! {
-                done = settled(context, &id, repository, args) => done?,
-                () = interrupts.at_least(1) => return Ok(Status::SUCCESS),
-            };
-            let news = last.as_ref().is_none_or(|(_, before)| before.names != done.names);
-            if done.changed > 0 || (done.conflicts > 0 && news) {
-                context.printer.record(&value(vm, args, &done), |_| {
-                    visible(&told(&done, vm.name.as_str(), args.force))
+        let synced = last.as_ref().map(|(tree, _)| tree.as_str());
+        let done = tokio::select! {
+            done = settled(context, vm, repository, args, synced) => done?,
+            () = interrupts.at_least(1) => return Ok(Status::SUCCESS),
+        };
+        if let Some((tree, report)) = done {
+            let news = last.as_ref().is_none_or(|(_, before)| before.names != report.names);
+            if report.changed > 0 || (report.conflicts > 0 && news) {
+                context.printer.record(&value(vm, args, &report), |_| {
+                    visible(&told(&report, vm.name.as_str(), args.force))
                 })?;
             }
-            last = Some((tree, done));
+            last = Some((tree, report));
         }
         if watch.renew(repository)? {
             continue;
@@ -81,41 +80,56 @@ async fn watch(
     }
 }
 
-/// One sync, tried again where the guest wrote to the same files meanwhile.
+/// One sync, tried again where somebody wrote to the same files meanwhile, on either side.
 async fn settled(
     context: &Context,
-    vm: &str,
+    vm: &VmRecord,
     repository: &Repository,
     args: &cli::Sync,
-) -> Result<SyncReport, Error> {
+    synced: Option<&str>,
+) -> Result<Option<(String, SyncReport)>, Error> {
     let mut tries = 0;
     loop {
         tries += 1;
-        match once(context, vm, repository.clone(), &args.guest_path, args.force).await {
+        match once(context, vm, repository, args, synced).await {
             Err(e) if e.retryable && tries < TRIES => tokio::time::sleep(AGAIN).await,
             done => return done,
         }
     }
 }
 
-/// Brings it in; a report of nothing where nothing has changed here.
+/// Brings the tracked files in, unless they are those of the tree `synced`. Their tree, and what became of it: a report of nothing
+/// where the machine has them.
 async fn once(
     context: &Context,
-    vm: &str,
-    repository: Repository,
-    guest_path: &str,
-    force: bool,
-) -> Result<SyncReport, Error> {
+    vm: &VmRecord,
+    repository: &Repository,
+    args: &cli::Sync,
+    synced: Option<&str>,
+) -> Result<Option<(String, SyncReport)>, Error> {
+    let files = repository.clone();
+    let now = blocking(move || files.tracked()).await?;
+    let tree = now.tree().to_owned();
+    if synced == Some(tree.as_str()) {
+        return Ok(None);
+    }
+    let (id, guest_path) = (vm.id.to_string(), args.guest_path.as_str());
     let wanted = Wanted { guest_path, format: ExportFormat::Status, base: None };
-    let guest = fetch(context, vm, wanted, &std::env::temp_dir()).await?.report.guest;
-    let pack = tokio::task::spawn_blocking(move || repository.sync(&guest.base, guest.tracked.as_deref()))
-        .await
-        .map_err(|e| Error::internal("packing the changes broke off", &e))??;
-    let Some(pack) = pack else { return Ok(SyncReport::default()) };
-    let how = How { guest_path, force, readonly: false };
-    let (report, _) = send(context, vm, &how, None, move |out| pack.write(out)).await?;
+    let guest = fetch(context, &id, wanted, &std::env::temp_dir()).await?.report.guest;
+    let files = repository.clone();
+    let pack = blocking(move || files.sync(&now, &guest.base, guest.tracked.as_deref())).await?;
+    let Some(pack) = pack else { return Ok(Some((tree, SyncReport::default()))) };
+    let how = How { guest_path, force: args.force, readonly: false };
+    let (report, _) = send(context, &id, &how, None, move |out| pack.write(out)).await?;
     // A workspace-agent that knows no sync would have refused the pack.
-    Ok(report.sync.unwrap_or_default())
+    Ok(Some((tree, report.sync.unwrap_or_default())))
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|e| Error::internal("reading the repository broke off", &e))?
 }
 
 fn told(report: &SyncReport, vm: &str, force: bool) -> String {
