@@ -60,14 +60,15 @@ pub(crate) struct Mapper {
 }
 
 impl Mapper {
-    /// The host's; `None` where its kernel has none.
+    /// The host's; `None` where its kernel has none, or this process may not use it: then it has made nothing there either.
     pub(crate) fn open() -> io::Result<Option<Self>> {
         let open = || fs_err::OpenOptions::new().read(true).write(true).open(CONTROL);
         match call("open /dev/mapper/control", open) {
             Ok(control) => Ok(Some(Self { control })),
             // No such file, or none of that number: a kernel without it, or whose module nobody has loaded.
             Err(e)
-                if matches!(e.kind(), io::ErrorKind::NotFound) || errno(&e) == Some(Errno::ENODEV as i32) =>
+                if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied)
+                    || errno(&e) == Some(Errno::ENODEV as i32) =>
             {
                 Ok(None)
             }

@@ -79,10 +79,8 @@ pub(super) trait Backend: fmt::Debug + Sync {
         None
     }
     /// Whether its `base` is a file that VMs share.
-    fn has_base(&self) -> bool;
-    /// Whether a template can be made of it.
-    fn can_freeze(&self) -> bool {
-        true
+    fn has_base(&self) -> bool {
+        self.kind() == RootDisk::Overlay
     }
     /// Whether the VMM opens the file itself.
     fn gives_file(&self) -> bool {
@@ -97,7 +95,7 @@ pub(super) trait Backend: fmt::Debug + Sync {
     }
 }
 
-const ALL: [&dyn Backend; 4] = [&overlay::Overlay, &own::Reflink, &own::Copy, &snapshot::Snapshot];
+const ALL: [&dyn Backend; 4] = [&overlay::Overlay, &own::Own::Reflink, &own::Own::Copy, &snapshot::Snapshot];
 
 /// The backend of that kind.
 fn backend(kind: RootDisk) -> Result<&'static dyn Backend, Error> {

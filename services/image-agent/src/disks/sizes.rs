@@ -5,10 +5,7 @@
 
 use super::{Disks, MAX_MIB, MIB, SYSTEM, WORK, root};
 use crate::{ext4, fault};
-use bothy_contract::{
-    Code, Error, VmId,
-    image::{DiskUsage, RootDisk},
-};
+use bothy_contract::{Code, Error, VmId, image::DiskUsage};
 use std::{
     collections::BTreeMap,
     io,
@@ -108,7 +105,7 @@ impl Disks {
                 (Some(root), Some(_)) => root.size(&home).map_err(cannot_look)?,
                 _ => 0,
             };
-            let own_root = root.is_some_and(|root| !matches!(root.kind(), RootDisk::Overlay));
+            let own_root = root.is_some_and(|root| !root.has_base());
             let disks = DiskUsage { work_size, work_allocated, system_size, system_allocated, own_root };
             usage.insert(*vm, disks);
         }

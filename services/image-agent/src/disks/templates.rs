@@ -33,7 +33,7 @@ impl Disks {
         if !to.exists() {
             let home = self.dir.join(vm.to_string());
             let failed = |e: io::Error| fault::io(format!("cannot freeze the disks of VM {vm}"), &e);
-            if let Some(backend) = root::there(&home).filter(|backend| !backend.can_freeze()) {
+            if let Some(backend) = root::there(&home).filter(|backend| !backend.kind().can_be_frozen()) {
                 let kind = backend.kind().word();
                 let no = format!("VM {vm} cannot be a template: its root disk is {kind}");
                 return Err(Error::new(Code::FailedPrecondition, no));

@@ -32,10 +32,6 @@ impl Backend for Overlay {
         "system-seed"
     }
 
-    fn has_base(&self) -> bool {
-        true
-    }
-
     fn make(&self, place: &Place, image: &Image, mib: u64) -> Result<(), Error> {
         let (base, system) = (place.home.join(BASE), place.home.join(SYSTEM));
         let of = |e| failed(self, place.vm, &e);

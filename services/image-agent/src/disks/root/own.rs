@@ -22,17 +22,21 @@ use std::{
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
-/// Clones that share extents.
+/// Both.
 #[derive(Debug)]
-pub(super) struct Reflink;
+pub(super) enum Own {
+    /// Clones that share extents.
+    Reflink,
+    /// Copies.
+    Copy,
+}
 
-/// Copies.
-#[derive(Debug)]
-pub(super) struct Copy;
-
-impl Backend for Reflink {
+impl Backend for Own {
     fn kind(&self) -> RootDisk {
-        RootDisk::Reflink
+        match self {
+            Self::Reflink => RootDisk::Reflink,
+            Self::Copy => RootDisk::Copy,
+        }
     }
 
     fn what(&self) -> &'static str {
@@ -47,28 +51,25 @@ impl Backend for Reflink {
         "rootfs"
     }
 
-    fn has_base(&self) -> bool {
-        false
-    }
-
     fn make(&self, place: &Place, image: &Image, mib: u64) -> Result<(), Error> {
         make(place, image, mib, |from, to| {
-            clone::reflink(from, to).map_err(|e| {
-                if clone::is_refusal(&e) {
+            let filled = match self {
+                Self::Reflink => clone::reflink(from, to),
+                Self::Copy => copy(from, to),
+            };
+            filled.map_err(|e| match self {
+                Self::Reflink if clone::is_refusal(&e) => {
                     let (home, image) = (place.home.display(), image.dir.display());
-                    lacks(
-                        self.kind(),
-                        format!("a file in {home} cannot share extents with one in {image}: {e}"),
-                    )
-                } else {
-                    super::failed(self, place.vm, &e)
+                    let why = format!("a file in {home} cannot share extents with one in {image}: {e}");
+                    lacks(self.kind(), why)
                 }
+                _ => super::failed(self, place.vm, &e),
             })
         })
     }
 
     fn attach(&self, place: &Place) -> Result<Rootfs, Error> {
-        Ok(attached(place))
+        Ok(Rootfs { base: place.home.join(ROOT), system: None })
     }
 
     fn own_file_system(&self, home: &Path) -> Option<PathBuf> {
@@ -76,47 +77,10 @@ impl Backend for Reflink {
     }
 }
 
-impl Backend for Copy {
-    fn kind(&self) -> RootDisk {
-        RootDisk::Copy
-    }
-
-    fn what(&self) -> &'static str {
-        "root disk"
-    }
-
-    fn file(&self) -> &'static str {
-        ROOT
-    }
-
-    fn least(&self) -> &'static str {
-        "rootfs"
-    }
-
-    fn has_base(&self) -> bool {
-        false
-    }
-
-    fn make(&self, place: &Place, image: &Image, mib: u64) -> Result<(), Error> {
-        let copy = |from: &File, to: &File| {
-            let length = from.metadata()?.len();
-            clone::copy_data(from, to, length)?;
-            to.set_len(length)
-        };
-        make(place, image, mib, |from, to| copy(from, to).map_err(|e| super::failed(self, place.vm, &e)))
-    }
-
-    fn attach(&self, place: &Place) -> Result<Rootfs, Error> {
-        Ok(attached(place))
-    }
-
-    fn own_file_system(&self, home: &Path) -> Option<PathBuf> {
-        Some(home.join(ROOT))
-    }
-}
-
-fn attached(place: &Place) -> Rootfs {
-    Rootfs { base: place.home.join(ROOT), system: None }
+fn copy(from: &File, to: &File) -> io::Result<()> {
+    let length = from.metadata()?.len();
+    clone::copy_data(from, to, length)?;
+    to.set_len(length)
 }
 
 /// Makes the disk, filled by `fill` from the image's rootfs.

@@ -58,14 +58,6 @@ impl Backend for Snapshot {
         "rootfs"
     }
 
-    fn has_base(&self) -> bool {
-        false
-    }
-
-    fn can_freeze(&self) -> bool {
-        false
-    }
-
     fn make(&self, place: &Place, image: &Image, mib: u64) -> Result<(), Error> {
         let of = |e: io::Error| failed(self, place.vm, &e);
         let mapper = mapper()?;
@@ -187,7 +179,7 @@ fn mapper() -> Result<Mapper, Error> {
     open.ok_or_else(|| {
         lacks(
             RootDisk::DmSnapshot,
-            "the kernel has no device mapper (`modprobe dm-snapshot loop` loads it where it is a module)",
+            "there is no device mapper that this service may use (`modprobe dm-snapshot loop` loads it where it is a module)",
         )
     })
 }
