@@ -31,7 +31,7 @@ enum Command {
     },
     /// Does the main job on this repository, from nothing to nothing, and shows where the time went.
     Demo,
-    /// Measures what bothy costs: `create [pairs]`, `crowd [vms]`, `many [vms]`, `end [pairs]` or `idle`.
+    /// Measures what bothy costs: `create [pairs]`, `crowd [vms]`, `many [vms]`, `end [pairs]`, `images [creates]`, `idle` and more.
     Bench {
         /// What to measure, and how often.
         #[arg(required = true)]

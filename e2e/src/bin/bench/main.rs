@@ -8,6 +8,8 @@
 //! - `template [pairs]`: a create that is resumed, to its first exec, against a restore by hand and against a boot; eight at
 //!   once; and a suspended machine's first exec.
 //! - `flatten [pairs]`: layers of 500 MiB to an ext4 file system, against `tar -x` of them and `mkfs.ext4 -d`.
+//! - `images [creates]`: the disks of a VM at three sizes of its rootfs, and what a second VM reads of a rootfs that is in the
+//!   page cache.
 //! - `workspace [pairs] [files]`: a repository of 20,000 files and 400 MiB into a guest and out again, against `tar` through the same
 //!   channel, git over ssh and `git status` in the guest.
 //! - `lease [leases]`: what the lease of a warm slot costs over the bus, for one client at a time and for twenty at once.
@@ -26,6 +28,7 @@ mod crowd;
 mod end;
 mod flatten;
 mod idle;
+mod images;
 mod lease;
 mod many;
 mod template;
@@ -42,13 +45,14 @@ fn main() {
         Some("flatten") => flatten::run(number(3)),
         Some("lease") => lease::run(number(200)),
         Some("idle") => idle::run(),
+        Some("images") => images::run(number(20)),
         Some("template") => template::run(number(5)),
         Some("workspace") => {
             workspace::run(number(1), args.get(2).map_or(20_000, |n| n.parse().expect("a number of files")));
         }
         _ => panic!(
-            "usage: bench create [pairs] | crowd [vms] | many [vms] | end [pairs] | flatten [pairs] | lease [leases] | idle | template [pairs] | \
-             workspace [pairs] [files]"
+            "usage: bench create [pairs] | crowd [vms] | many [vms] | end [pairs] | flatten [pairs] | lease [leases] | idle | images [creates] | \
+             template [pairs] | workspace [pairs] [files]"
         ),
     }
 }
