@@ -3,6 +3,7 @@
 use super::{
     boot::BootInput,
     kinds::{DELETE, KILL, PAUSE, RESTART, RESUME, SET, START, STOP, SUSPEND},
+    rest,
     set::{self, Change},
     state::{self, Wish},
 };
@@ -150,6 +151,9 @@ impl Ask {
         let to = state::grant(vm, self.wish())?;
         if let Ask::Set(change) = self {
             set::check(vm, change)?;
+        }
+        if let Ask::Suspend = self {
+            rest::check(vm)?;
         }
         vm.facts.busy = Some(op);
         vm.facts.resting = matches!(self, Ask::Pause | Ask::Suspend | Ask::Resume { .. });

@@ -19,7 +19,10 @@ use super::{
     launch::Machine,
     stages::Stages,
 };
-use crate::{phase::Live, store::Asleep};
+use crate::{
+    phase::Live,
+    store::{Asleep, Vm},
+};
 use bothy_contract::{Code, Error, VmId, vm::VmState};
 use bothy_ops::{Graph, Inputs, Output, StageCx};
 use bothy_vm_agent::vmm::{Memory, Origin, Save};
@@ -62,6 +65,20 @@ fn add_pause_vmm(g: &mut Graph, agent: &Agent, vm: VmId) -> Output<()> {
 
 async fn go_on(agent: &Agent, vm: VmId, live: &Live) -> Result<(), Error> {
     live.place.holder(&agent.config, vm).perform(&live.driver()?.resume()).await.map(drop)
+}
+
+/// Whether the VMM of `vm` can save its guest.
+pub(crate) fn check(vm: &Vm) -> Result<(), Error> {
+    let Some(live) = vm.phase.live() else { return Ok(()) };
+    if live.driver()?.capabilities().snapshot {
+        return Ok(());
+    }
+    let (name, vmm) = (&vm.facts.name, &live.vmm.name);
+    Err(Error::new(
+        Code::FailedPrecondition,
+        format!("{name} cannot be suspended: {vmm} cannot save a guest"),
+    )
+    .hint(format!("`bothy vm pause {name}` keeps it in memory, `bothy vm stop {name}` keeps its disks")))
 }
 
 /// Adds the stages of a suspend to `g`.
