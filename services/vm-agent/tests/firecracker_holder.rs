@@ -1,7 +1,8 @@
 //! The holder of a Firecracker, without one: a stand-in takes the API's requests and speaks the vsock's protocol, as the real
 //! one would, so that all is tested that is the holder's part. The real one is met in `conformance.rs`.
 //!
-//! The stand-in is this very program, started again by the holder for the one test that is no test.
+//! The stand-in is this very program, started again by the holder for the one test that is no test. So is that for the jailer, which
+//! does what the real one does to its process: its own mount namespace, root, device nodes, user.
 #![expect(clippy::unwrap_used, reason = "tests may panic")]
 
 mod host;
@@ -157,6 +158,200 @@ async fn guest(vsock: UnixListener) {
             drop(to.shutdown().await);
         });
     }
+}
+
+/// The jailer's command line, for its stand-in.
+const JAILER: &str = "BOTHY_TEST_JAILER";
+
+/// Not a test: the jailer's stand-in. Unlike the real one it brings the libraries along that the other stand-in needs, which is
+/// not linked statically.
+#[test]
+#[ignore = "started by another test"]
+fn the_jailer() {
+    use nix::{
+        mount::{MntFlags, MsFlags, mount, umount2},
+        sched::{CloneFlags, unshare},
+        sys::stat::{Mode, SFlag, makedev, mknod},
+    };
+    use std::os::unix::{fs::PermissionsExt, process::CommandExt};
+    const NONE: Option<&str> = None;
+    let Ok(line) = std::env::var(JAILER) else { return };
+    let args: Vec<&str> = line.split(' ').collect();
+    let of = |name: &str| args[args.iter().position(|arg| *arg == name).unwrap() + 1];
+    let (uid, gid): (u32, u32) = (of("--uid").parse().unwrap(), of("--gid").parse().unwrap());
+    let program = fs_err::canonicalize(of("--exec-file")).unwrap();
+    let name = program.file_name().unwrap();
+    let root = Path::new(of("--chroot-base-dir")).join(name).join(of("--id")).join("root");
+    fs_err::create_dir_all(&root).unwrap();
+    fs_err::copy(&program, root.join(name)).unwrap();
+    let me = std::env::current_exe().unwrap();
+
+    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    mount(NONE, "/", NONE, MsFlags::MS_SLAVE | MsFlags::MS_REC, NONE).unwrap();
+    mount(Some(&root), &root, NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE).unwrap();
+    std::env::set_current_dir(&root).unwrap();
+    for libraries in ["usr", "lib", "lib64"] {
+        let from = Path::new("/").join(libraries);
+        if from.is_dir() {
+            fs_err::create_dir(libraries).unwrap();
+            mount(Some(&from), libraries, NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE).unwrap();
+        }
+    }
+    fs_err::File::create("stand-in").unwrap();
+    mount(Some(&me), "stand-in", NONE, MsFlags::MS_BIND, NONE).unwrap();
+    fs_err::create_dir("old_root").unwrap();
+    nix::unistd::pivot_root(".", "old_root").unwrap();
+    std::env::set_current_dir("/").unwrap();
+    umount2("old_root", MntFlags::MNT_DETACH).unwrap();
+    fs_err::remove_dir("old_root").unwrap();
+    for dir in ["/", "/dev", "/dev/net", "/run"] {
+        fs_err::create_dir_all(dir).unwrap();
+        fs_err::set_permissions(dir, std::fs::Permissions::from_mode(0o700)).unwrap();
+        std::os::unix::fs::chown(dir, Some(uid), Some(gid)).unwrap();
+    }
+    for (node, minor) in [("/dev/net/tun", 200), ("/dev/kvm", 232)] {
+        mknod(node, SFlag::S_IFCHR, Mode::S_IRUSR | Mode::S_IWUSR, makedev(10, minor)).unwrap();
+        std::os::unix::fs::chown(node, Some(uid), Some(gid)).unwrap();
+    }
+    assert_eq!(args[args.len() - 3..], ["--", "--api-sock", "/api.sock"]);
+    let error = std::process::Command::new("/stand-in")
+        // What it is told first, it knows no such option, and may take it for the name of another test.
+        .arg0("--id")
+        .args([of("--id"), "--ignored", "--exact", "the_stand_in", "--nocapture"])
+        .env(STAND_IN, "/")
+        .uid(uid)
+        .gid(gid)
+        .exec();
+    panic!("cannot become the stand-in: {error}");
+}
+
+/// A driver whose Firecracker's jailer, and its program, say that they are of these versions.
+async fn jailed(dir: &Path, firecracker: &str, jailer: &str) -> Result<Firecracker, bothy_contract::Error> {
+    let me = std::env::current_exe().unwrap();
+    let script = |name: &str, text: String| {
+        let path = dir.join(name);
+        fs_err::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
+        fs_err::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        path
+    };
+    let program = script("firecracker", format!("echo 'Firecracker v{firecracker}'"));
+    let jailer = script(
+        "jailer",
+        format!(
+            "[ \"$1\" != --version ] || exec echo 'Jailer v{jailer}'\n\
+             {JAILER}=\"$*\" exec {} --ignored --exact the_jailer --nocapture",
+            me.display()
+        ),
+    );
+    Firecracker::find(&program).await.unwrap().jailed(&jailer).await
+}
+
+#[tokio::test]
+async fn a_jailed_firecracker_sees_its_own_files_only_and_dies_with_its_holder() {
+    bothy_testkit::require_root!();
+    let host = Host::new();
+    let e = jailed(host.dir.path(), "1.16.1", "1.15.0").await.unwrap_err();
+    assert!(e.message.contains("is of release 1.15.0, and Firecracker of 1.16.1") && e.hint.is_some(), "{e}");
+    let driver = jailed(host.dir.path(), "1.16.1", "1.16.1").await.unwrap();
+    assert!(!driver.capabilities().snapshot);
+    let vm = VmId::new();
+    let mut plan = plan_of(&host, vm);
+    plan.dir = host.dir.path().join(vm.to_string());
+    for file in ["vmlinux", "initrd", "rootfs", "system", "work"] {
+        fs_err::write(host.dir.path().join(file), file).unwrap();
+    }
+    std::os::unix::fs::chown(&plan.work, Some(UID), Some(UID)).unwrap();
+    let spec = driver.launch_spec(&plan).unwrap();
+    let (holder, handle) = host.launch(&spec).await;
+
+    let status = holder.status().await.unwrap();
+    let known = bothy_vm_agent::vmm::driver_of(&status.vmm_version).unwrap();
+    assert!(!known.capabilities().snapshot, "{}", status.vmm_version);
+
+    // Both are the VM's user, with no right beside, and by other numbers in a pid namespace of their own.
+    for process in [handle.holder, handle.vmm] {
+        let status = fs_err::read_to_string(format!("/proc/{}/status", process.pid)).unwrap();
+        let field = |name: &str| -> Vec<&str> {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+            line.split_ascii_whitespace().collect()
+        };
+        let uid = UID.to_string();
+        assert_eq!(field("Uid:"), [uid.as_str(); 4], "{status}");
+        assert_eq!(field("Gid:"), [uid.as_str(); 4], "{status}");
+        assert_eq!(
+            (field("CapEff:"), field("CapPrm:")),
+            (vec!["0000000000000000"], vec!["0000000000000000"])
+        );
+        assert!(field("Groups:").is_empty() && field("NSpid:").len() == 2, "{status}");
+    }
+    // The VMM's root has its files, devices of its own, and a boot set that not even root could write to.
+    let root = PathBuf::from(format!("/proc/{}/root", handle.vmm.pid));
+    for (there, here) in
+        [("kernel", "vmlinux"), ("initrd", "initrd"), ("system.disk", "system"), ("work.disk", "work")]
+    {
+        assert_eq!(fs_err::read_to_string(root.join(there)).unwrap(), here);
+    }
+    for name in ["kernel", "initrd", "rootfs.disk"] {
+        let e = fs_err::OpenOptions::new().write(true).open(root.join(name)).unwrap_err();
+        assert_eq!(e.kind(), std::io::ErrorKind::ReadOnlyFilesystem, "{name}");
+    }
+    fs_err::write(root.join("work.disk"), "written").unwrap();
+    assert_eq!(fs_err::read_to_string(&plan.work).unwrap(), "written");
+    assert!(fs_err::metadata(root.join("firecracker")).unwrap().is_file());
+    for node in ["dev/kvm", "dev/net/tun"] {
+        assert_eq!(fs_err::metadata(root.join(node)).unwrap().uid(), UID);
+    }
+    assert!(!root.join("etc").exists() && !root.join("proc").exists());
+    // Nobody else sees any of it.
+    assert_eq!(fs_err::read_dir(spec.dir.join("jail")).unwrap().count(), 0);
+
+    let Monitor::Api { requests } = &spec.monitor else { panic!("no requests") };
+    let asked = fs_err::read_to_string(root.join(ASKED)).unwrap();
+    let expected: Vec<String> =
+        requests.iter().map(|r| format!("{r} {}", r.body.as_ref().unwrap())).collect();
+    assert_eq!(asked.lines().collect::<Vec<_>>(), expected);
+    echoes(&holder, 1, 100_000).await;
+    contains(&spec.dir.join(wire::VMM_LOG), "a word for the log").await;
+    contains(&spec.dir.join(wire::METRICS_LOG), "counted").await;
+    let state = holder.perform(&driver.run_state()).await.unwrap();
+    assert_eq!(driver.read_run_state(&state), Some(RunState::Running));
+    holder.perform(&driver.resize_disk("work", 1 << 30)).await.unwrap();
+    let asked = fs_err::read_to_string(root.join(ASKED)).unwrap();
+    assert!(asked.lines().last().unwrap().contains(r#""path_on_host":"work.disk""#), "{asked}");
+    assert_eq!(rediscover(&holder).await.unwrap().unwrap().handle, handle);
+    // By its processes too, where its holder is silent.
+    handle.holder.signal(19).unwrap();
+    fs_err::remove_file(spec.dir.join(wire::HOLDER_SOCKET)).unwrap();
+    let found = rediscover(&holder).await.unwrap().unwrap();
+    assert_eq!((found.handle, found.status), (handle, None));
+    handle.holder.signal(18).unwrap();
+    timeout(LONG, async {
+        while holder.status().await.is_err() {
+            sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await
+    .unwrap();
+
+    // Told to end by its holder; and, in the same place again, left alone by one that is killed.
+    holder.perform(&driver.quit()).await.unwrap();
+    gone(handle).await;
+    assert_eq!(holder.exit().unwrap().unwrap().signal, Some(15));
+    let (_, handle) = host.launch(&spec).await;
+    handle.holder.signal(9).unwrap();
+    gone(handle).await;
+    assert_eq!(fs_err::read_dir(spec.dir.join("jail")).unwrap().count(), 0);
+
+    // What the jailer says against it is told.
+    fs_err::write(host.dir.path().join("jailer"), "#!/bin/sh\necho Jailer error: no room >&2; exit 1\n")
+        .unwrap();
+    let e = Holder::launch(host::program(), &spec).await.unwrap_err();
+    assert!(e.message.contains("it ended (exit status: 1)") && e.message.contains("no room"), "{e}");
+    fs_err::remove_file(&plan.kernel).unwrap();
+    let e = Holder::launch(host::program(), &spec).await.unwrap_err();
+    assert!(e.message.contains("cannot make the jail") && e.hint.is_some(), "{e}");
+    let mounts = fs_err::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!mounts.contains(spec.dir.to_str().unwrap()), "{mounts}");
 }
 
 async fn contains(file: &Path, text: &str) {

@@ -7,7 +7,7 @@
 use super::{
     Accel, Driver, FIRECRACKER, Firecracker, QEMU_MICROVM, QemuMicrovm,
     accel::{self, Finding, Trial},
-    firecracker::Version,
+    firecracker::{JAILED, Version},
 };
 use bothy_config::DriverChoice;
 use bothy_contract::{Code, Error};
@@ -63,7 +63,7 @@ pub async fn choose(host: &Host<'_>) -> Result<Choice, Error> {
                 Error::new(Code::FailedPrecondition, format!("Firecracker cannot run a guest here: {why}"))
                     .hint("mend that, or set `vm.driver` to `auto` in bothy.toml")
             })?;
-            refuse_jailer(config)?;
+            let driver = jailed(driver, config).await?;
             if config.accelerator == bothy_config::Accelerator::Tcg {
                 return Err(Error::new(Code::FailedPrecondition, "Firecracker runs guests under KVM only")
                     .hint("`vm.driver` and `vm.accelerator` in bothy.toml contradict each other: set one to `auto`"));
@@ -91,9 +91,10 @@ async fn auto(host: &Host<'_>) -> Result<Choice, Error> {
     if let Err(why) = kvm_opens().and_then(|()| tap_opens(Path::new(TUN))) {
         return qemu(host, format!("Firecracker {} is there, but {why}", driver.version())).await;
     }
-    if let Err(e) = refuse_jailer(host.config) {
-        return qemu(host, e.message).await;
-    }
+    let driver = match jailed(driver, host.config).await {
+        Ok(driver) => driver,
+        Err(e) => return qemu(host, e.message).await,
+    };
     if host.config.accelerator == bothy_config::Accelerator::Tcg {
         return qemu(host, "Firecracker does not run guests by `vm.accelerator = \"tcg\"`".into()).await;
     }
@@ -160,15 +161,11 @@ fn tap_opens(node: &Path) -> Result<(), String> {
     Err(format!("{} is not for every user to open, its mode is {mode:o} and not 666", node.display()))
 }
 
-/// The holder is the VM's user before it starts the VMM, and Firecracker's jailer must be started as root.
-fn refuse_jailer(config: &bothy_config::Vm) -> Result<(), Error> {
+/// Nobody who asks for a jail gets a VMM without one.
+async fn jailed(driver: Firecracker, config: &bothy_config::Vm) -> Result<Firecracker, Error> {
     match &config.jailer {
-        None => Ok(()),
-        Some(jailer) => Err(Error::new(
-            Code::FailedPrecondition,
-            format!("Firecracker cannot be started through {} yet", jailer.display()),
-        )
-        .hint("remove `vm.jailer` from bothy.toml; each VMM runs as a user of its own all the same")),
+        None => Ok(driver),
+        Some(jailer) => driver.jailed(jailer).await,
     }
 }
 
@@ -181,7 +178,9 @@ pub fn driver_of(vmm: &str) -> Option<Arc<dyn Driver>> {
         QEMU_MICROVM => Some(Arc::new(QemuMicrovm::new(QEMU_MICROVM, version))),
         FIRECRACKER => {
             let version = Version::from_words(version).unwrap_or(Version::UNKNOWN);
-            Some(Arc::new(Firecracker::new(FIRECRACKER, version)))
+            let driver = Firecracker::new(FIRECRACKER, version);
+            let jailed = words.next() == Some(JAILED);
+            Some(Arc::new(if jailed { driver.of_jailed() } else { driver }))
         }
         _ => None,
     }
@@ -240,9 +239,10 @@ mod tests {
             let tcg = bothy_config::Vm { accelerator: bothy_config::Accelerator::Tcg, ..wants.clone() };
             assert!(chosen(&tcg, dir.path()).await.unwrap_err().message.contains("KVM only"));
             // Nobody who asks for a jail gets a VMM without one.
-            let jailed = bothy_config::Vm { jailer: Some("/usr/bin/jailer".into()), ..wants.clone() };
+            let jailer = dir.path().join("jailer");
+            let jailed = bothy_config::Vm { jailer: Some(jailer.clone()), ..wants.clone() };
             let e = chosen(&jailed, dir.path()).await.unwrap_err();
-            assert!(e.message.contains("cannot be started through /usr/bin/jailer"), "{e}");
+            assert!(e.message.contains(&format!("cannot run {}", jailer.display())), "{e}");
             let auto = bothy_config::Vm { driver: DriverChoice::Auto, ..jailed };
             let choice = chosen(&auto, dir.path()).await.unwrap();
             assert!(choice.driver.name() == QEMU_MICROVM && choice.reason.contains("jailer"), "{choice:?}");
@@ -290,6 +290,7 @@ mod tests {
     fn a_running_vmm_is_known_by_what_its_launch_called_it() {
         let of = |vmm| driver_of(vmm).map(|driver| (driver.name(), driver.capabilities().snapshot));
         assert_eq!(of("firecracker 1.16.1"), Some((FIRECRACKER, true)));
+        assert_eq!(of("firecracker 1.16.1 jailed"), Some((FIRECRACKER, false)));
         assert_eq!(of("firecracker (kvm)"), Some((FIRECRACKER, false)));
         assert_eq!(of("qemu-microvm 10.0.2"), Some((QEMU_MICROVM, true)));
         assert_eq!(of("cloud-hypervisor 45"), None);

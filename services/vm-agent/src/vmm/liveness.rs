@@ -141,8 +141,8 @@ struct Seen {
     argv: Vec<String>,
 }
 
-/// The holder is the user's process that is called `bothy-vmm hold`; its VMM is its child and names the directory on its
-/// command line.
+/// The holder is the user's process that is called `bothy-vmm hold`; its VMM is its child and names the directory, or the VM
+/// that it is called by, on its command line.
 fn in_proc(dir: &Path, uid: u32) -> std::io::Result<Option<HolderHandle>> {
     let mut seen = BTreeMap::new();
     for entry in fs_err::read_dir("/proc")? {
@@ -157,11 +157,14 @@ fn in_proc(dir: &Path, uid: u32) -> std::io::Result<Option<HolderHandle>> {
             seen.insert(pid, process);
         }
     }
+    // A jailed one names no path of the host's; its jailer tells it whose it is.
+    let id = dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let dir = format!("{}/", dir.display());
     // QEMU takes a doubled comma for a comma.
     let doubled = dir.replace(',', ",,");
     for (pid, vmm) in &seen {
-        let names_dir = vmm.argv.iter().any(|arg| arg.contains(&dir) || arg.contains(&doubled));
+        let names_dir = vmm.argv.iter().any(|arg| arg.contains(&dir) || arg.contains(&doubled))
+            || vmm.argv.array_windows().any(|[option, value]| option == "--id" && *value == id);
         if names_dir
             && seen.get(&vmm.parent).is_some_and(is_holder)
             && let (Some(holder), Some(vmm)) = (Process::find(vmm.parent), Process::find(*pid))

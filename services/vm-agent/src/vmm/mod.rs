@@ -4,7 +4,7 @@
 //! a holder (`bothy-vmm`), which [`holder::Holder`] starts, finds again and talks to; so nothing here is lost with the
 //! agent; [`launching`] keeps a launch and its undo apart, and [`liveness`] says whether a VM's VMM lives. [`choose`] says which driver this host is best served by, [`accel`]
 //! finds out how guests can be run on it, [`clock`] how fast its time-stamp counter runs. [`snapshot`] saves a guest and says
-//! what a saved one is; [`passing`] hands files over.
+//! what a saved one is; [`passing`] hands files over; [`jail`] is how a Firecracker is started by its jailer.
 
 pub mod accel;
 pub mod checksum;
@@ -12,6 +12,7 @@ mod choice;
 pub mod clock;
 pub mod firecracker;
 pub mod holder;
+pub mod jail;
 pub mod launching;
 pub mod liveness;
 pub mod passing;

@@ -267,6 +267,7 @@ impl Driver for QemuMicrovm {
             memory,
             restore,
             disks: Vec::new(),
+            jail: None,
         })
     }
 

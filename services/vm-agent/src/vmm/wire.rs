@@ -3,7 +3,11 @@
 //! The directory `<run>/vm/<id>` belongs to the VM's user and, set-group-id, to the agent's group: so the agent reaches
 //! what the holder makes there without the holder being in that group, and no other local user does.
 
-use super::{Save, firecracker::api::Request};
+use super::{
+    Save,
+    firecracker::api::Request,
+    jail::{self, Jail},
+};
 use bothy_contract::{Error, VmId, vm::ExitRecord};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -108,6 +112,9 @@ pub struct LaunchSpec {
     /// Disks that a link in the holder's directory leads to, which is its VMM's working directory: their serials and files.
     #[serde(default)]
     pub disks: Vec<(String, PathBuf)>,
+    /// Where the VMM is to see nothing but its own: then `argv` is Firecracker's jailer, which takes root.
+    #[serde(default)]
+    pub jail: Option<Jail>,
 }
 
 /// A file that is a guest's memory. It is opened with the agent's rights: the VM's user reaches it by the descriptor alone.
@@ -191,7 +198,7 @@ impl LaunchSpec {
     /// # Errors
     /// Says what is wrong.
     pub fn check(&self) -> Result<(), Error> {
-        let longest = self.dir.join(CONTROL_SOCKET);
+        let longest = self.vmm_dir().join(CONTROL_SOCKET);
         if !self.dir.is_absolute() || self.dir.components().any(|c| c == std::path::Component::ParentDir) {
             return Err(Error::invalid(format!(
                 "holder directory {} is not a plain absolute path",
@@ -219,7 +226,15 @@ impl LaunchSpec {
         if self.uid == 0 || self.gid == 0 || self.groups.contains(&0) {
             return Err(Error::invalid("a VMM does not run as root"));
         }
-        Ok(())
+        self.jail.as_ref().map_or(Ok(()), |jail| jail.check(self))
+    }
+
+    /// Where the VMM has its sockets and pipes, as its holder sees it.
+    pub fn vmm_dir(&self) -> PathBuf {
+        match &self.jail {
+            None => self.dir.clone(),
+            Some(_) => self.dir.join(jail::PLACE).join(jail::ROOT),
+        }
     }
 }
 
@@ -390,6 +405,7 @@ mod tests {
             memory: None,
             restore: None,
             disks: vec![],
+            jail: None,
         }
     }
 

@@ -88,6 +88,7 @@ impl Host {
             memory: None,
             restore: None,
             disks: vec![],
+            jail: None,
         }
     }
 

@@ -1,22 +1,22 @@
 //! Becoming the VMM.
 
-use crate::memory;
+use crate::{jail, memory};
 use nix::sys::{prctl, signal::Signal};
 use std::{
     io::Write,
     os::unix::process::CommandExt,
-    process::{Command, ExitCode},
+    process::{Command, ExitCode, Stdio},
 };
 
 /// Tied to `parent`'s life, becomes `argv`. Returns only where that fails; the reason is on standard error.
-pub(crate) fn run(parent: i32, argv: &[String]) -> ExitCode {
-    let why = become_vmm(parent, argv);
+pub(crate) fn run(parent: i32, wait: bool, argv: &[String]) -> ExitCode {
+    let why = become_vmm(parent, wait, argv);
     // The holder reads this into vmm.log, and reports it.
     drop(writeln!(std::io::stderr(), "bothy-vmm: {why}"));
     ExitCode::from(127)
 }
 
-fn become_vmm(parent: i32, argv: &[String]) -> String {
+fn become_vmm(parent: i32, wait: bool, argv: &[String]) -> String {
     if let Err(err) = prctl::set_pdeathsig(Signal::SIGKILL) {
         return format!("cannot tie the VMM to its holder: {err}");
     }
@@ -28,6 +28,14 @@ fn become_vmm(parent: i32, argv: &[String]) -> String {
         return format!("cannot lift the holder's limit of memory: {err}");
     }
     let Some((program, args)) = argv.split_first() else { return "no program is given".into() };
-    let err = Command::new(program).args(args).exec();
+    let mut vmm = Command::new(program);
+    vmm.args(args);
+    if wait {
+        if let Err(err) = jail::wait() {
+            return format!("the holder gave it up: {err}");
+        }
+        vmm.stdin(Stdio::null());
+    }
+    let err = vmm.exec();
     format!("cannot run {program}: {err}")
 }

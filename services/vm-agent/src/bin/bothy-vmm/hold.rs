@@ -2,6 +2,7 @@
 
 use crate::{
     firecracker::Firecracker,
+    jail,
     link::Link,
     lock,
     log::Log,
@@ -111,13 +112,30 @@ async fn hold(lock: OwnedFd, state: Option<OwnedFd>) -> Result<(), Failed> {
     let mut terminate = signal(SignalKind::terminate()).map_err(os_error("cannot wait for signals"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(os_error("cannot wait for signals"))?;
     let spec = read_spec()?;
+    let waiting = match spec.jail {
+        None => None,
+        // It stays root, and this process does not.
+        Some(_) => {
+            let process = spawn(&spec)?;
+            jail::leave_root(&spec)?;
+            Some(process)
+        }
+    };
     let socket = HolderSocket::listen(&spec.dir).map_err(os_error("cannot listen on the holder's socket"))?;
     let way = prepare(&spec)?;
     let (state, limit) = saved(&spec, state)?;
-    let mut vmm = start(&spec)?;
+    let mut vmm = match waiting {
+        None => keep_output(spawn(&spec)?, &spec)?,
+        Some(mut process) => {
+            let word = process.stdin.take().and_then(|stdin| stdin.into_owned_fd().ok());
+            let word = word.ok_or_else(|| Error::new(Code::Internal, "cannot start the VMM: no pipe"))?;
+            jail::release(word).map_err(os_error("cannot start the VMM"))?;
+            keep_output(process, &spec)?
+        }
+    };
     let vmm_started = wire::monotonic_now()?;
     let link = tokio::select! {
-        connected = tokio::time::timeout(limit, connect(way, &spec.dir, state)) => match connected {
+        connected = tokio::time::timeout(limit, connect(way, &spec, state)) => match connected {
             Ok(Ok(link)) => link,
             Ok(Err(why)) => return Err(give_up(vmm, &spec, &why).await),
             Err(_) => return Err(give_up(vmm, &spec, "it did not answer in time").await),
@@ -125,11 +143,14 @@ async fn hold(lock: OwnedFd, state: Option<OwnedFd>) -> Result<(), Failed> {
         _ = vmm.child.wait() => return Err(give_up(vmm, &spec, "it ended").await),
         _ = terminate.recv() => return Err(give_up(vmm, &spec, "the holder was told to end").await),
     };
-    let Some(handle) = find(&vmm.child) else { return Err(give_up(vmm, &spec, "it ended").await) };
+    let (Some(handle), Some(child)) = (find(&vmm.child, &spec), vmm.child.id()) else {
+        return Err(give_up(vmm, &spec, "it ended").await);
+    };
     let vm = Rc::new(Vm {
         id: spec.vm,
         vmm_version: spec.vmm.clone(),
         handle,
+        child,
         link,
         exit: RefCell::new(None),
         opened: Cell::new(0),
@@ -201,7 +222,7 @@ fn prepare(spec: &LaunchSpec) -> Result<Way, Error> {
         Ok::<_, Error>(listener)
     };
     let pipe = |name: &str| {
-        let path = spec.dir.join(name);
+        let path = spec.vmm_dir().join(name);
         let made = nix::unistd::mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR).map_err(std::io::Error::from);
         // Open for writing as well: so it never ends, whoever has it open beside.
         made.and_then(|()| pipe::OpenOptions::new().read_write(true).open_receiver(&path))
@@ -222,7 +243,7 @@ fn prepare(spec: &LaunchSpec) -> Result<Way, Error> {
 }
 
 /// Waits until the VMM is what it is to be; or says why it is not.
-async fn connect(way: Way, dir: &Path, state: Option<State>) -> Result<Link, String> {
+async fn connect(way: Way, spec: &LaunchSpec, state: Option<State>) -> Result<Link, String> {
     match way {
         Way::Qemu { qmp, control, bulk } => {
             let qmp = async { Qmp::negotiate(qmp.accept().await?.0).await };
@@ -238,33 +259,40 @@ async fn connect(way: Way, dir: &Path, state: Option<State>) -> Result<Link, Str
             Ok(Link::qemu(qmp, control, bulk))
         }
         Way::Firecracker { requests, log, metrics } => {
-            let open =
-                |name: &str| Log::open(dir.join(name)).map_err(|err| format!("cannot open a log: {err}"));
+            let open = |name: &str| {
+                Log::open(spec.dir.join(name)).map_err(|err| format!("cannot open a log: {err}"))
+            };
             tokio::task::spawn_local(keep(log, open(wire::VMM_LOG)?));
             tokio::task::spawn_local(keep(metrics, open(wire::METRICS_LOG)?));
-            let vmm = Firecracker::configure(dir, requests).await;
+            let vmm = Firecracker::configure(&spec.vmm_dir(), requests).await;
             vmm.map(Link::Firecracker).map_err(|err| client::chain(&err))
         }
     }
 }
 
-fn start(spec: &LaunchSpec) -> Result<Vmm, Error> {
-    let log = |name: &str| Log::open(spec.dir.join(name)).map_err(os_error("cannot open a log"));
-    let (console, errors) = (log(wire::CONSOLE_LOG)?, log(wire::VMM_LOG)?);
+/// Starts the VMM, or what becomes it once it is told to.
+fn spawn(spec: &LaunchSpec) -> Result<Child, Error> {
     // Where Firecracker finds its disks by the same paths as any other.
     let place = if spec.disks.is_empty() { Path::new("/") } else { &spec.dir };
-    let mut child = Command::new("/proc/self/exe")
+    let jailed = spec.jail.is_some();
+    Command::new("/proc/self/exe")
         .current_dir(place)
         .arg("exec")
         .arg(format!("--parent={}", std::process::id()))
+        .args(jailed.then_some("--wait"))
         .arg("--")
         .args(&spec.argv)
-        .stdin(Stdio::null())
+        .stdin(if jailed { Stdio::piped() } else { Stdio::null() })
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .kill_on_drop(true)
         .spawn()
-        .map_err(os_error("cannot start the VMM"))?;
+        .map_err(os_error("cannot start the VMM"))
+}
+
+fn keep_output(mut child: Child, spec: &LaunchSpec) -> Result<Vmm, Error> {
+    let log = |name: &str| Log::open(spec.dir.join(name)).map_err(os_error("cannot open a log"));
+    let (console, errors) = (log(wire::CONSOLE_LOG)?, log(wire::VMM_LOG)?);
     let (Some(out), Some(err)) = (child.stdout.take(), child.stderr.take()) else {
         return Err(Error::new(Code::Internal, "cannot start the VMM: no pipes"));
     };
@@ -286,7 +314,11 @@ async fn keep(mut from: impl AsyncRead + Unpin, mut log: Log) {
     }
 }
 
-fn find(child: &Child) -> Option<HolderHandle> {
+/// Both, as the host knows them.
+fn find(child: &Child, spec: &LaunchSpec) -> Option<HolderHandle> {
+    if spec.jail.is_some() {
+        return Some(HolderHandle { holder: jail::this_process()?, vmm: jail::child()? });
+    }
     Some(HolderHandle { holder: Process::find(std::process::id())?, vmm: Process::find(child.id()?)? })
 }
 

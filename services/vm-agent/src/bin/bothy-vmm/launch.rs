@@ -1,16 +1,14 @@
 //! Launching a holder: the part that still has the agent's rights, and gives them up.
 
-use crate::{files::Files, os_error, tap::Tap};
+use crate::{files::Files, jail, os_error, tap::Tap, user};
 use bothy_contract::{Code, Error};
 use bothy_vm_agent::vmm::{
+    jail::PLACE,
     launching,
     wire::{self, LaunchSpec, Launched, MAX_LINE},
 };
 use fs_err::os::unix::fs::OpenOptionsExt;
-use nix::{
-    sys::stat::{Mode, umask},
-    unistd::{Gid, Uid, chown, getegid, geteuid, setgroups, setresgid, setresuid},
-};
+use nix::unistd::{Uid, chown, getegid};
 use std::{
     io::{Read, Write},
     os::{
@@ -43,7 +41,13 @@ fn launch(parent: i32) -> Result<Launched, Error> {
     let files = Files::open(&spec)?;
     make_directory(&spec)?;
     enter_cgroup(&spec)?;
-    become_user(&spec)?;
+    if let Some(jail) = &spec.jail {
+        jail::make(&spec, jail)?;
+    }
+    hand_over(&spec.dir, &spec)?;
+    if spec.jail.is_none() {
+        user::become_user(&spec)?;
+    }
     let mut numbers = files.passed_on()?;
     if let (Some(tap), Some(name)) = (tap, &spec.tap) {
         numbers.push((wire::TAP_FD, tap.attach(name)?));
@@ -79,7 +83,7 @@ fn put(value: &mut serde_json::Value, placeholder: &str, number: &str) {
     }
 }
 
-/// Makes the directory anew: it is the VM's user's and the agent's group's, others may nothing.
+/// Makes the directory anew, for the VM's user and the agent's group: others may nothing.
 fn make_directory(spec: &LaunchSpec) -> Result<(), Error> {
     let dir = &spec.dir;
     match fs_err::symlink_metadata(dir) {
@@ -99,8 +103,13 @@ fn make_directory(spec: &LaunchSpec) -> Result<(), Error> {
         fs_err::os::unix::fs::symlink(file, dir.join(wire::disk_link(serial)))
             .map_err(os_error("cannot make the link to a disk"))?;
     }
-    chown(dir, Some(Uid::from_raw(spec.uid)), Some(getegid()))
-        .map_err(|err| Error::internal(format!("cannot hand over {}", dir.display()), &err))
+    Ok(())
+}
+
+/// Makes `path` the VM's user's and the agent's group's.
+fn hand_over(path: &Path, spec: &LaunchSpec) -> Result<(), Error> {
+    chown(path, Some(Uid::from_raw(spec.uid)), Some(getegid()))
+        .map_err(|err| Error::internal(format!("cannot hand over {}", path.display()), &err))
 }
 
 /// Removes what an earlier holder left, if it is one's directory and nobody lives in it.
@@ -122,6 +131,11 @@ fn clear(dir: &Path) -> Result<(), Error> {
         let entry = entry.map_err(os_error("cannot read the holder's directory"))?;
         let kind = entry.file_type().map_err(os_error("cannot look into the holder's directory"))?;
         let name = entry.file_name();
+        if name == PLACE {
+            // Where it is not empty, this fails.
+            fs_err::remove_dir(entry.path()).map_err(os_error("cannot remove what an earlier jail left"))?;
+            continue;
+        }
         let ours = kind.is_socket()
             || (kind.is_symlink() && name.to_string_lossy().ends_with(wire::DISK_LINK))
             || kind.is_fifo()
@@ -142,27 +156,6 @@ fn enter_cgroup(spec: &LaunchSpec) -> Result<(), Error> {
     fs_err::write(procs, std::process::id().to_string()).map_err(os_error("cannot enter the VM's cgroup"))
 }
 
-/// Gives up everything but the VM's user: groups, user, and the capabilities that an agent which is not root has.
-fn become_user(spec: &LaunchSpec) -> Result<(), Error> {
-    let (uid, gid) = (Uid::from_raw(spec.uid), Gid::from_raw(spec.gid));
-    let failed = |err: nix::Error| {
-        Error::internal(format!("cannot become user {uid}"), &err)
-            .hint("the vm-agent runs as root, or with CAP_SETUID, CAP_SETGID and CAP_CHOWN")
-    };
-    if geteuid() != uid {
-        let groups: Vec<Gid> = spec.groups.iter().copied().map(Gid::from_raw).collect();
-        setgroups(&groups).map_err(failed)?;
-        setresgid(gid, gid, gid).map_err(failed)?;
-        setresuid(uid, uid, uid).map_err(failed)?;
-    }
-    // A change from one plain user to another keeps ambient capabilities (capabilities(7)); the next exec would too.
-    rustix::thread::clear_ambient_capability_set()
-        .map_err(|e| failed(nix::Error::from_raw(e.raw_os_error())))?;
-    nix::sys::prctl::set_no_new_privs().map_err(failed)?;
-    umask(Mode::from_bits_truncate(0o027));
-    Ok(())
-}
-
 /// Starts `hold`, which gets the lock and a saved guest's state as well, and passes on its first word.
 fn start(
     spec: &LaunchSpec,
@@ -177,6 +170,9 @@ fn start(
         .mode(0o640)
         .open(&log)
         .map_err(os_error("cannot open the VMM's log"))?;
+    if spec.jail.is_some() {
+        hand_over(&log, spec)?;
+    }
     let path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/local/bin:/usr/bin:/bin".into());
     // A duplicate is not closed by exec(2); and should this process die here, the lock lives on in the other.
     let lock = nix::unistd::dup(lock).map_err(|e| Error::internal("cannot pass on the launch's lock", &e))?;

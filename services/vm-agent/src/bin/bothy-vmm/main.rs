@@ -15,6 +15,7 @@ mod firecracker;
 mod gate;
 mod groups;
 mod hold;
+mod jail;
 mod launch;
 mod link;
 mod lock;
@@ -25,6 +26,7 @@ mod qmp;
 mod serve;
 mod socket;
 mod tap;
+mod user;
 
 use bothy_contract::Error;
 use bothy_vm_agent::vmm::wire::Launched;
@@ -60,6 +62,9 @@ enum Command {
         /// The holder's process id
         #[arg(long)]
         parent: i32,
+        /// Not before a byte has come on standard input
+        #[arg(long)]
+        wait: bool,
         /// The VMM's program and arguments
         #[arg(last = true, required = true)]
         argv: Vec<String>,
@@ -75,7 +80,7 @@ fn main() -> ExitCode {
             say(&launched)
         }
         Command::Hold { lock, state } => hold::run(lock, state),
-        Command::Exec { parent, argv } => exec::run(parent, &argv),
+        Command::Exec { parent, wait, argv } => exec::run(parent, wait, &argv),
         Command::Groups => groups::run(),
     }
 }

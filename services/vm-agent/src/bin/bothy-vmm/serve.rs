@@ -32,6 +32,8 @@ pub(crate) struct Vm {
     pub(crate) id: VmId,
     pub(crate) vmm_version: String,
     pub(crate) handle: HolderHandle,
+    /// The VMM's process id as this process has it.
+    pub(crate) child: u32,
     pub(crate) link: Link,
     pub(crate) exit: RefCell<Option<ExitRecord>>,
     pub(crate) opened: Cell<u64>,
@@ -175,7 +177,8 @@ fn signal(vm: &Vm, number: &str) -> String {
     let Some(signal) = number.parse().ok().and_then(|number: i32| Signal::try_from(number).ok()) else {
         return format!("ERR `{}` is not a signal", number.escape_default());
     };
-    let Ok(pid) = i32::try_from(vm.handle.vmm.pid) else { return "ERR no such process".into() };
+    // By the number that it has for this process, which is not the host's where it is jailed.
+    let Ok(pid) = i32::try_from(vm.child) else { return "ERR no such process".into() };
     match kill(Pid::from_raw(pid), signal) {
         Ok(()) => "OK".into(),
         Err(err) => format!("ERR {err}"),

@@ -12,7 +12,9 @@ pub mod client;
 mod version;
 
 use super::{
-    Accel, Capabilities, Driver, LaunchSpec, Origin, RunState, Verb, VmPlan, host_cpu, text,
+    Accel, Capabilities, Driver, LaunchSpec, Origin, RunState, Verb, VmPlan, host_cpu,
+    jail::{self, Jail, JailFile},
+    text,
     wire::{self, MemoryFile, Monitor, Restore},
 };
 use api::{
@@ -37,12 +39,21 @@ pub struct Firecracker {
     program: PathBuf,
     version: Version,
     text: String,
+    jailer: Option<Jailer>,
+}
+
+/// The program that starts it in a root directory of its own ([`super::jail`]).
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Jailer {
+    program: PathBuf,
+    /// The name of Firecracker's own program, by which the jailer calls a directory.
+    starts: String,
 }
 
 impl Firecracker {
     /// A driver for a Firecracker whose version is known already.
     pub fn new(program: impl Into<PathBuf>, version: Version) -> Self {
-        Self { program: program.into(), text: version.to_string(), version }
+        Self { program: program.into(), text: version.to_string(), version, jailer: None }
     }
 
     /// Asks `program` for its version.
@@ -50,31 +61,129 @@ impl Firecracker {
     /// # Errors
     /// It is not there (`NotFound`), cannot be run, or is of a version that this driver is not made for.
     pub async fn find(program: &Path) -> Result<Self, Error> {
-        let output = tokio::process::Command::new(program)
-            .arg("--version")
-            .stdin(std::process::Stdio::null())
-            .kill_on_drop(true)
-            .output()
-            .await
-            .map_err(|e| {
-                let code = match e.kind() {
-                    std::io::ErrorKind::NotFound => Code::NotFound,
-                    _ => Code::FailedPrecondition,
-                };
-                Error::new(code, format!("cannot run {}: {e}", program.display()))
-                    .hint("install Firecracker, or set `vm.firecracker` in bothy.toml to where it is")
-            })?;
-        let said = String::from_utf8_lossy(&output.stdout);
-        let version = Version::parse(&said).ok_or_else(|| {
-            Error::new(
-                Code::FailedPrecondition,
-                format!("`{} --version` does not name a version of Firecracker", program.display()),
-            )
+        let version = version_of(program, "Firecracker").await.map_err(|e| {
+            e.hint("install Firecracker, or set `vm.firecracker` in bothy.toml to where it is")
         })?;
         version.check().map_err(|e| e.context(program.display()))?;
         Ok(Self::new(program, version))
     }
+
+    /// The same for a VM that runs in a jail already.
+    pub(super) fn of_jailed(self) -> Self {
+        let jailer = Jailer { program: "jailer".into(), starts: super::FIRECRACKER.into() };
+        Self { text: format!("{} {JAILED}", self.version), jailer: Some(jailer), ..self }
+    }
+
+    /// The same, each VM's started by `jailer`, which must be of the same release.
+    ///
+    /// # Errors
+    /// Either cannot be found or run, they do not fit each other, or this process is not root, as the jailer must be.
+    pub async fn jailed(self, jailer: &Path) -> Result<Self, Error> {
+        const WITHOUT: &str = "or remove `vm.jailer`: each VMM runs as a user of its own all the same";
+        let refused = |why: String| Error::new(Code::FailedPrecondition, why);
+        if !jailer.is_absolute() {
+            return Err(refused(format!("`vm.jailer` is {}, which is no absolute path", jailer.display()))
+                .hint(format!("set it to where Firecracker's jailer is, {WITHOUT}")));
+        }
+        if !nix::unistd::geteuid().is_root() {
+            return Err(refused(format!(
+                "{} must be started as root, and bothy-vm-agent is not",
+                jailer.display()
+            ))
+            .hint(format!("have the agent run as root, {WITHOUT}")));
+        }
+        let fits = format!("install the jailer of Firecracker {}, {WITHOUT}", self.version);
+        let version = version_of(jailer, "Jailer").await.map_err(|e| e.hint(fits.clone()))?;
+        if version != self.version {
+            let (jailer, version, own) = (jailer.display(), version, self.version);
+            return Err(
+                refused(format!("{jailer} is of release {version}, and Firecracker of {own}")).hint(fits)
+            );
+        }
+        // As the jailer does before it names a directory by it.
+        let found = on_path(&self.program).and_then(fs_err::canonicalize);
+        let program = found.map_err(|e| Error::internal("cannot find Firecracker's program", &e))?;
+        let starts = program.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
+        if !starts.contains("firecracker") {
+            return Err(refused(format!(
+                "{} is not called firecracker, so its jailer refuses it",
+                program.display()
+            ))
+            .hint(format!("rename it, {WITHOUT}")));
+        }
+        Ok(Self { program, jailer: Some(Jailer { program: jailer.to_owned(), starts }), ..self.of_jailed() })
+    }
 }
+
+/// Asks `program`, which calls itself `name`, for its version.
+async fn version_of(program: &Path, name: &str) -> Result<Version, Error> {
+    let output = tokio::process::Command::new(program)
+        .arg("--version")
+        .stdin(std::process::Stdio::null())
+        .kill_on_drop(true)
+        .output()
+        .await
+        .map_err(|e| {
+            let code = match e.kind() {
+                std::io::ErrorKind::NotFound => Code::NotFound,
+                _ => Code::FailedPrecondition,
+            };
+            Error::new(code, format!("cannot run {}: {e}", program.display()))
+        })?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    Version::parse(name, &said).ok_or_else(|| {
+        let program = program.display();
+        Error::new(
+            Code::FailedPrecondition,
+            format!("`{program} --version` does not name a version of {name}"),
+        )
+    })
+}
+
+/// The file that `program` is, a path or a name on PATH (execvp(3)).
+fn on_path(program: &Path) -> std::io::Result<PathBuf> {
+    if program.components().count() > 1 {
+        return Ok(program.to_owned());
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut places = std::env::split_paths(&path).map(|place| place.join(program));
+    places.find(|place| place.is_file()).ok_or_else(|| std::io::ErrorKind::NotFound.into())
+}
+
+/// Where Firecracker finds what it is told of by an absolute path.
+struct Paths {
+    kernel: PathBuf,
+    initrd: PathBuf,
+    log: PathBuf,
+    metrics: PathBuf,
+}
+
+impl Paths {
+    fn of(plan: &VmPlan) -> Self {
+        Self {
+            kernel: plan.kernel.clone(),
+            initrd: plan.initrd.clone(),
+            log: plan.dir.join(wire::LOG_PIPE),
+            metrics: plan.dir.join(wire::METRICS_PIPE),
+        }
+    }
+
+    fn in_jail() -> Self {
+        let at = |name: &str| Path::new("/").join(name);
+        Self {
+            kernel: at(KERNEL),
+            initrd: at(INITRD),
+            log: at(wire::LOG_PIPE),
+            metrics: at(wire::METRICS_PIPE),
+        }
+    }
+}
+
+/// What is added to the version of a jailed one.
+pub(super) const JAILED: &str = "jailed";
+/// The names of the boot set's files in a jail.
+const KERNEL: &str = "kernel";
+const INITRD: &str = "initrd";
 
 /// The kernel's command line. The keyboard controller is what a reset goes through (`reboot=k`); there is no PCI to look for.
 fn kernel_command_line(plan: &VmPlan) -> String {
@@ -87,22 +196,22 @@ fn kernel_command_line(plan: &VmPlan) -> String {
 }
 
 /// Where it logs and counts.
-fn outputs(plan: &VmPlan) -> [Request; 2] {
+fn outputs(paths: &Paths) -> [Request; 2] {
     [
         Request::logger(&Logger {
-            log_path: plan.dir.join(wire::LOG_PIPE),
+            log_path: paths.log.clone(),
             level: Level::Warning,
             show_level: true,
             show_log_origin: false,
         }),
-        Request::metrics(&Metrics { metrics_path: plan.dir.join(wire::METRICS_PIPE) }),
+        Request::metrics(&Metrics { metrics_path: paths.metrics.clone() }),
     ]
 }
 
 /// All requests that make a fresh Firecracker go on, paused, from where a guest was saved. Its disks and its vsock have the
 /// paths that they had for that one: within the working directory, which is the holder's.
 fn resumed(plan: &VmPlan) -> Vec<Request> {
-    let mut requests = outputs(plan).to_vec();
+    let mut requests = outputs(&Paths::of(plan)).to_vec();
     requests.push(Request::load(&SnapshotLoad {
         snapshot_path: by_descriptor(wire::STATE_FD),
         mem_backend: MemoryBackend {
@@ -127,7 +236,7 @@ fn by_descriptor(placeholder: &str) -> PathBuf {
 const INTERFACE: &str = "net";
 
 /// All requests that make a fresh Firecracker the VM of `plan` and boot it.
-fn requests(plan: &VmPlan) -> Vec<Request> {
+fn requests(plan: &VmPlan, paths: &Paths) -> Vec<Request> {
     let drive = |id: &str, read_only: bool| {
         Request::drive(&Drive {
             drive_id: id.into(),
@@ -139,7 +248,7 @@ fn requests(plan: &VmPlan) -> Vec<Request> {
             cache_type: if read_only { CacheType::Unsafe } else { CacheType::Writeback },
         })
     };
-    let [logger, metrics] = outputs(plan);
+    let [logger, metrics] = outputs(paths);
     let mut requests = vec![
         logger,
         metrics,
@@ -150,8 +259,8 @@ fn requests(plan: &VmPlan) -> Vec<Request> {
             track_dirty_pages: false,
         }),
         Request::boot_source(&BootSource {
-            kernel_image_path: plan.kernel.clone(),
-            initrd_path: Some(plan.initrd.clone()),
+            kernel_image_path: paths.kernel.clone(),
+            initrd_path: Some(paths.initrd.clone()),
             boot_args: Some(kernel_command_line(plan)),
         }),
     ];
@@ -171,6 +280,52 @@ fn requests(plan: &VmPlan) -> Vec<Request> {
     requests
 }
 
+impl Firecracker {
+    /// The launch of a jailed one, all of whose paths are within its jail.
+    fn jailed_spec(&self, jailer: &Jailer, plan: &VmPlan) -> Result<LaunchSpec, Error> {
+        if plan.from != Origin::Boot {
+            return Err(Error::new(
+                Code::FailedPrecondition,
+                "a jailed Firecracker does not go on from a saved guest",
+            )
+            .hint("remove `vm.jailer` from bothy.toml for templates and suspended VMs"));
+        }
+        let api = Path::new("/").join(wire::API_SOCKET);
+        let mut argv = vec![text(&jailer.program)?];
+        let options = [
+            ("--id", plan.vm.to_string()),
+            ("--exec-file", text(&self.program)?),
+            ("--uid", plan.uid.to_string()),
+            ("--gid", plan.uid.to_string()),
+            ("--chroot-base-dir", text(&plan.dir.join(jail::PLACE))?),
+        ];
+        argv.extend(options.into_iter().flat_map(|(name, value)| [name.to_owned(), value]));
+        argv.extend(["--".into(), "--api-sock".into(), text(&api)?]);
+        let file =
+            |name: &str, path: &Path, read_only| JailFile { name: name.into(), path: path.into(), read_only };
+        let mut files = vec![file(KERNEL, &plan.kernel, true), file(INITRD, &plan.initrd, true)];
+        files.extend(
+            plan.disks().map(|(serial, path, read_only)| file(&wire::disk_link(serial), path, read_only)),
+        );
+        Ok(LaunchSpec {
+            vm: plan.vm,
+            vmm: format!("{} {}", self.name(), self.text),
+            dir: plan.dir.clone(),
+            argv,
+            monitor: Monitor::Api { requests: requests(plan, &Paths::in_jail()) },
+            tap: None,
+            uid: plan.uid,
+            gid: plan.uid,
+            groups: plan.groups.clone(),
+            cgroup: None,
+            memory: None,
+            restore: None,
+            disks: Vec::new(),
+            jail: Some(Jail { program: jailer.starts.clone(), files }),
+        })
+    }
+}
+
 impl Driver for Firecracker {
     fn name(&self) -> &'static str {
         super::FIRECRACKER
@@ -187,7 +342,7 @@ impl Driver for Firecracker {
 
     fn capabilities(&self) -> Capabilities {
         Capabilities {
-            snapshot: self.version.snapshots().is_ok(),
+            snapshot: self.jailer.is_none() && self.version.snapshots().is_ok(),
             resize_disk: true,
             power_off: false,
             tcg: false,
@@ -222,7 +377,10 @@ impl Driver for Firecracker {
         if from.is_some() {
             self.version.snapshots()?;
         }
-        let requests = if from.is_some() { resumed(plan) } else { requests(plan) };
+        if let Some(jailer) = &self.jailer {
+            return self.jailed_spec(jailer, plan);
+        }
+        let requests = if from.is_some() { resumed(plan) } else { requests(plan, &Paths::of(plan)) };
         let socket = plan.dir.join(wire::API_SOCKET);
         let argv = vec![
             text(&self.program)?,
@@ -246,6 +404,7 @@ impl Driver for Firecracker {
             memory,
             restore: from.map(|from| Restore { state: from.state.clone(), memory_apart: true }),
             disks: plan.disks().map(|(serial, file, _)| (serial.to_owned(), file.to_owned())).collect(),
+            jail: None,
         })
     }
 

@@ -48,6 +48,38 @@ fn the_requests_of_a_launch() {
 }
 
 #[test]
+fn a_jailed_one_knows_paths_of_its_jail_only() {
+    let spec = driver("1.16.1").of_jailed().launch_spec(&plan()).unwrap();
+    spec.check().unwrap();
+    assert_eq!(spec.vmm, "firecracker 1.16.1 jailed");
+    insta::assert_snapshot!(spec.argv.join(" "), @"jailer --id 0192f0c1234570008000000000000001 --exec-file /opt/firecracker --uid 780000 --gid 780000 --chroot-base-dir /run/bothy/vm/1/jail -- --api-sock /api.sock");
+    let jail = spec.jail.as_ref().unwrap();
+    let files: Vec<_> =
+        jail.files.iter().map(|f| (f.name.as_str(), f.path.to_str().unwrap(), f.read_only)).collect();
+    assert_eq!(
+        files,
+        [
+            ("kernel", "/store/vmlinux", true),
+            ("initrd", "/store/initrd", true),
+            ("rootfs.disk", "/store/rootfs.img", true),
+            ("system.disk", "/disks/system.img", false),
+            ("work.disk", "/disks/work.img", false),
+        ]
+    );
+    let Monitor::Api { requests } = &spec.monitor else { panic!("{:?}", spec.monitor) };
+    let told: String = requests.iter().filter_map(|r| r.body.as_ref()).map(Value::to_string).collect();
+    for path in ["/kernel", "/initrd", "/log.pipe", "/metrics.pipe", "rootfs.disk", "vsock.sock"] {
+        assert!(told.contains(&format!("\"{path}\"")), "{path}: {told}");
+    }
+    assert!(!["/store", "/disks", "/run"].iter().any(|host| told.contains(host)), "{told}");
+
+    let from = super::super::Snapshot { state: "/store/state".into(), memory: "/proc/1/fd/9".into() };
+    let saved = VmPlan { from: Origin::Saved(from), ..plan() };
+    let e = driver("1.16.1").of_jailed().launch_spec(&saved).unwrap_err();
+    assert!(e.message.contains("saved guest") && e.hint.is_some(), "{e}");
+}
+
+#[test]
 fn the_requests_of_a_guest_that_goes_on() {
     let from = super::super::Snapshot { state: "/store/state".into(), memory: "/proc/1/fd/9".into() };
     let plan = VmPlan { from: Origin::Template(from.clone()), ..plan() };
@@ -80,10 +112,10 @@ fn what_it_cannot_do_is_refused_before_anything_runs() {
 #[test]
 fn versions() {
     let said = "Firecracker v1.16.1\n\nSupported snapshot data format versions: v10.0.0\n";
-    assert_eq!(Version::parse(said).unwrap().to_string(), "1.16.1");
-    assert_eq!(Version::parse("Firecracker v1.13.0-dev").unwrap().to_string(), "1.13.0");
+    assert_eq!(Version::parse("Firecracker", said).unwrap().to_string(), "1.16.1");
+    assert_eq!(Version::parse("Firecracker", "Firecracker v1.13.0-dev").unwrap().to_string(), "1.13.0");
     for odd in ["", "Firecracker", "Firecracker v1", "jailer v1.16.1", "Firecracker vx.y.z"] {
-        assert_eq!(Version::parse(odd), None, "{odd}");
+        assert_eq!(Version::parse("Firecracker", odd), None, "{odd}");
     }
     for (version, good) in [("1.9.1", false), ("1.10.0", true), ("1.17.0", true), ("2.0.0", false)] {
         assert_eq!(Version::from_words(version).unwrap().check().is_ok(), good, "{version}");

@@ -36,10 +36,11 @@ impl Version {
     /// That of a Firecracker of which no version is known.
     pub const UNKNOWN: Version = Version { major: 0, minor: 0, patch: 0 };
 
-    /// Reads what `firecracker --version` prints, `Firecracker v1.16.1` first. What follows the numbers, as in `-dev`, does
-    /// not count.
-    pub fn parse(text: &str) -> Option<Self> {
-        let word = text.lines().find_map(|line| line.trim().strip_prefix("Firecracker "))?;
+    /// Reads what the program `name` prints for `--version`, `Firecracker v1.16.1` first. What follows the numbers, as in
+    /// `-dev`, does not count.
+    pub fn parse(name: &str, text: &str) -> Option<Self> {
+        let after = |line: &'_ str| line.trim().strip_prefix(name)?.strip_prefix(' ').map(str::to_owned);
+        let word = text.lines().find_map(after)?;
         let word = word.split_ascii_whitespace().next()?;
         Self::from_words(word.strip_prefix('v').unwrap_or(word))
     }
