@@ -19,6 +19,7 @@
 mod archive;
 mod codec;
 mod ext4;
+mod groups;
 mod layer;
 mod space;
 mod tree;

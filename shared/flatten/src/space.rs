@@ -1,7 +1,10 @@
 //! The blocks of an image under way, given out in order to whoever has data, so that data of all layers can be written
 //! side by side, each file in one run of blocks.
 
-use crate::failed;
+use crate::{
+    failed,
+    groups::{self, HEAD},
+};
 use bothy_contract::{Code, Error};
 use fs_err::File;
 use std::{
@@ -13,19 +16,17 @@ use std::{
 
 /// The size of a block.
 pub(crate) const BLOCK: u64 = 4096;
-/// Blocks at the start that are kept for the superblock and the descriptors of block groups: enough for 496 GiB.
-pub(crate) const HEAD: u64 = 32;
 /// What a writer of small files takes at once, in blocks.
 const REGION: u64 = 1024;
 /// A file of at least this many blocks gets blocks of its own.
 const LARGE: u64 = 256;
 /// What is written at once.
-const CHUNK: usize = 1 << 20;
+const CHUNK: usize = 1 << 20; // a multiple of a block
 
-/// A run of blocks with a file's data.
+/// A file's data, at places behind one another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Span {
-    /// Its first block; 0 where it is empty.
+    /// The place of its first block; 0 where it is empty.
     pub(crate) start: u64,
     /// The data's length in bytes.
     pub(crate) bytes: u64,
@@ -38,7 +39,7 @@ impl Span {
     }
 }
 
-/// The image's file and the first block that nobody has.
+/// The image's file and the first place that nobody has.
 #[derive(Debug)]
 pub(crate) struct Space {
     file: File,
@@ -60,7 +61,7 @@ impl Space {
         Ok(Self { file, next: AtomicU64::new(HEAD), end })
     }
 
-    /// Takes `blocks` blocks in a row.
+    /// Takes `blocks` places in a row.
     pub(crate) fn take(&self, blocks: u64) -> Result<u64, Error> {
         let start = self.next.fetch_add(blocks, Ordering::Relaxed);
         if blocks > self.end || start > self.end - blocks {
@@ -73,17 +74,23 @@ impl Space {
         Ok(start)
     }
 
-    /// The first block that nobody has taken.
+    /// The first place that nobody has taken.
     pub(crate) fn next(&self) -> u64 {
         self.next.load(Ordering::Relaxed)
     }
 
-    /// Writes at a block.
-    pub(crate) fn write(&self, block: u64, data: &[u8]) -> Result<(), Error> {
-        self.write_at(block * BLOCK, data)
+    /// Writes at a place and those behind it.
+    pub(crate) fn write(&self, place: u64, mut data: &[u8]) -> Result<(), Error> {
+        for (block, count) in groups::runs(place, (data.len() as u64).div_ceil(BLOCK)) {
+            let bytes = usize::try_from(count * BLOCK).unwrap_or(usize::MAX).min(data.len());
+            let (here, behind) = data.split_at(bytes);
+            self.write_at(block * BLOCK, here)?;
+            data = behind;
+        }
+        Ok(())
     }
 
-    /// Writes at a byte.
+    /// Writes at a byte of the image.
     pub(crate) fn write_at(&self, at: u64, data: &[u8]) -> Result<(), Error> {
         self.file.file().write_all_at(data, at).map_err(|e| failed("cannot write the image", &e))
     }
@@ -93,12 +100,14 @@ impl Space {
         self.file.set_len(blocks * BLOCK).map_err(|e| failed("cannot give the image its size", &e))
     }
 
-    /// Gives blocks back to the host, where its file system can do so. They read as zeros then, or as what they were:
+    /// Gives the blocks at places back to the host, where its file system can do so. They read as zeros then, or as what they were:
     /// either is free space of the image.
-    pub(crate) fn punch(&self, start: u64, blocks: u64) {
+    pub(crate) fn punch(&self, place: u64, count: u64) {
         use rustix::fs::{FallocateFlags, fallocate};
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        let _ = fallocate(self.file.file(), flags, start * BLOCK, blocks * BLOCK);
+        for (block, count) in groups::runs(place, count) {
+            let _ = fallocate(self.file.file(), flags, block * BLOCK, count * BLOCK);
+        }
     }
 }
 
@@ -151,7 +160,7 @@ impl<'a> Writer<'a> {
             let n = (span.bytes - done).min(CHUNK as u64);
             buffer.clear();
             fill(from, &mut buffer, n)?;
-            self.space.write_at(start * BLOCK + done, &buffer)?;
+            self.space.write(start + done / BLOCK, &buffer)?;
             done += n;
         }
         Ok(Span { start, ..span })

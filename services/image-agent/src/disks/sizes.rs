@@ -65,9 +65,9 @@ impl Disks {
             {
                 return Err(Error::new(
                     Code::FailedPrecondition,
-                    format!("the {what} of VM {vm} cannot grow: no guest can grow the file system of an image that was imported"),
+                    format!("the {what} of VM {vm} cannot grow: its file system has the feature sparse_super2, and no kernel grows such a one while it is mounted"),
                 )
-                .hint("say how large it shall be when a VM is created: `--system-disk`"));
+                .hint("bring the image in again, made without that feature, and create a VM of it; or say `--system-disk` at the create"));
             }
             if wants > has {
                 small.push((what, file, backend, wants));

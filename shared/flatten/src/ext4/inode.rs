@@ -6,6 +6,7 @@ use super::{
     xattr,
 };
 use crate::{
+    groups,
     space::{BLOCK, Span},
     tree::{Body, Id, Node, ROOT, Tree},
 };
@@ -155,7 +156,7 @@ pub(super) fn write(
         if !xattr::inside(&meta.xattrs, room) {
             let block = xattr::block(&meta.xattrs)
                 .ok_or_else(|| Error::new(Code::Internal, "attributes do not fit into their block"))?;
-            put32(&mut inode, 0x68, out.push(&block)?);
+            put32(&mut inode, 0x68, groups::block(out.push(&block)?));
             blocks += 1;
         }
     }
@@ -202,9 +203,15 @@ fn time((seconds, nanos): (i64, u32)) -> (u64, u64) {
 fn extents(inode: &mut [u8; INODE], span: Span, out: &mut Appender<'_>) -> Result<u64, Error> {
     put32(inode, 0x20, USES_EXTENTS);
     let blocks = span.blocks();
-    let all: Vec<_> = (0..blocks.div_ceil(EXTENT))
-        .map(|n| (n * EXTENT, span.start + n * EXTENT, (blocks - n * EXTENT).min(EXTENT)))
-        .collect();
+    let mut all = Vec::new();
+    let mut logical = 0;
+    for (mut block, mut count) in groups::runs(span.start, blocks) {
+        while count > 0 {
+            let here = count.min(EXTENT);
+            all.push((logical, block, here));
+            (logical, block, count) = (logical + here, block + here, count - here);
+        }
+    }
     let (_, root) = inode.split_at_mut(0x28);
     if all.len() <= IN_INODE {
         leaf(root, IN_INODE, &all);
@@ -212,13 +219,13 @@ fn extents(inode: &mut [u8; INODE], span: Span, out: &mut Appender<'_>) -> Resul
     }
     let leaves: Vec<_> = all.chunks(IN_BLOCK).collect();
     if leaves.len() > IN_INODE {
-        return Err(Error::new(Code::ResourceExhausted, "a file is larger than 170 GiB"));
+        return Err(Error::new(Code::ResourceExhausted, "a file is larger than 160 GiB"));
     }
     head(root, leaves.len(), IN_INODE, 1);
     for (n, extents) in leaves.iter().enumerate() {
         let mut block = vec![0; usize::try_from(BLOCK).unwrap_or_default()];
         leaf(&mut block, IN_BLOCK, extents);
-        let at = out.push(&block)?;
+        let at = groups::block(out.push(&block)?);
         let first = extents.first().map_or(0, |(logical, ..)| *logical);
         put32(root, 12 + 12 * n, first);
         put32(root, 16 + 12 * n, at);

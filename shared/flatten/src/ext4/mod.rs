@@ -3,9 +3,11 @@
 //! ```text
 //!  0 superblock | 1.. group descriptors | 32.. data, as it came | directories, links, attributes | bitmaps | inodes
 //! ```
-//! It is never written to again: no journal, no reserve, no backup superblocks (`sparse_super2` without any), so nothing has
-//! to lie in the middle of the data; with `flex_bg` all metadata may lie behind it. Blocks of data that no file has any
-//! more are free space.
+//! Whoever shares it only reads it: no journal, no reserve. But a VM may have a copy of its own, which grows while it is mounted,
+//! and the kernel wants the spare copies of superblock and descriptors for that ([`crate::groups`]); nothing else has to lie in
+//! the middle of the data, with `flex_bg` all other metadata may lie behind it. There is no inode for growing: a kernel that
+//! needs more blocks of descriptors than there are puts them elsewhere (`meta_bg`). Blocks of data that no file has any more
+//! are free space.
 
 mod dir;
 mod inode;
@@ -17,15 +19,14 @@ pub(crate) use xattr::ROOM as XATTR_ROOM;
 
 use crate::{
     Summary,
-    space::{BLOCK, HEAD, Space, Span},
+    groups::{self, HEAD, PER_GROUP},
+    space::{BLOCK, Space, Span},
     tree::{Body, Id, Node, ROOT, Tree},
 };
 use bothy_contract::Error;
 use inode::Numbered;
 use raw::Bitmap;
 
-/// Blocks, and inodes at most, in one group: what one block of a bitmap has bits for.
-const PER_GROUP: u64 = 8 * BLOCK;
 /// The size of an inode, and how many are in a block.
 const INODE: usize = 256;
 const INODES_PER_BLOCK: u64 = BLOCK / INODE as u64;
@@ -34,33 +35,45 @@ const ROOT_INODE: u32 = 2;
 const FIRST_INODE: u32 = 11;
 
 /// The shape of the file system.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 struct Shape {
     groups: u64,
     blocks: u64,
     inodes_per_group: u64,
-    /// Where the bitmaps begin: blocks', then inodes', then the tables.
+    /// The place where the bitmaps begin: blocks', then inodes'.
     metadata: u64,
+    /// The places of the inodes' tables, by group.
+    tables: Vec<u64>,
 }
 
 impl Shape {
-    /// The smallest for `inodes` inodes and what comes before block `metadata`.
+    /// The smallest for `inodes` inodes and what comes before place `metadata`.
     fn new(metadata: u64, inodes: u64) -> Self {
         let mut groups = 1;
         loop {
             let inodes_per_group = inodes.div_ceil(groups).next_multiple_of(INODES_PER_BLOCK);
-            let tables = groups * inodes_per_group / INODES_PER_BLOCK;
-            let blocks = (metadata + 2 * groups + tables).max((groups - 1) * PER_GROUP + 1);
+            let each = inodes_per_group / INODES_PER_BLOCK;
+            let mut next = metadata + 2 * groups;
+            let mut tables = Vec::new();
+            for _ in 0..groups {
+                // Of a table only the first block is told.
+                let table = groups::whole(next, each);
+                tables.push(table);
+                next = table + each;
+            }
+            // The last group has room for what may be at its start.
+            let blocks = (groups::block(next - 1) + 1).max((groups - 1) * PER_GROUP + HEAD);
             let needed = blocks.div_ceil(PER_GROUP);
             if needed <= groups && inodes_per_group <= PER_GROUP {
-                return Self { groups, blocks, inodes_per_group, metadata };
+                return Self { groups, blocks, inodes_per_group, metadata, tables };
             }
             groups = needed.max(groups + 1);
         }
     }
 
-    fn table(&self, group: u64) -> u64 {
-        self.metadata + 2 * self.groups + group * self.inodes_per_group / INODES_PER_BLOCK
+    /// How many blocks the groups' descriptors have.
+    fn descriptors(&self) -> u64 {
+        (self.groups * superblock::DESCRIPTOR as u64).div_ceil(BLOCK)
     }
 }
 
@@ -96,19 +109,23 @@ pub(crate) fn write(mut tree: Tree, space: &Space, written: &mut [Span]) -> Resu
     out.flush()?;
     let inodes = u64::from(numbered.last.max(FIRST_INODE));
     let shape = Shape::new(space.next(), inodes);
-    debug_assert!(shape.groups * 32 <= (HEAD - 1) * BLOCK);
+    debug_assert!(shape.descriptors() < HEAD);
 
     let mut used = Bitmap::new(shape.groups * PER_GROUP);
-    used.set(0, 1 + (shape.groups * 32).div_ceil(BLOCK));
-    live.iter().for_each(|span| used.set(span.start, span.blocks()));
-    out.taken().iter().for_each(|(start, blocks)| used.set(*start, *blocks));
-    used.set(shape.metadata, shape.table(shape.groups) - shape.metadata);
+    for group in std::iter::once(0).chain(groups::backups(shape.groups)) {
+        used.set(group * PER_GROUP, 1 + shape.descriptors());
+    }
+    live.iter().for_each(|span| used.set_places(span.start, span.blocks()));
+    out.taken().iter().for_each(|(place, count)| used.set_places(*place, *count));
+    used.set_places(shape.metadata, 2 * shape.groups);
+    let each = shape.inodes_per_group / INODES_PER_BLOCK;
+    shape.tables.iter().for_each(|place| used.set_places(*place, each));
     // There are no blocks behind the last one.
     used.set(shape.blocks, shape.groups * PER_GROUP - shape.blocks);
     summary.hidden = punch(space, written, &mut live);
 
-    tables(space, shape, &numbered, &made)?;
-    superblock::write(space, shape, &used, &numbered, &tree)?;
+    tables(space, &shape, &numbered, &made)?;
+    superblock::write(space, &shape, &used, &numbered, &tree)?;
     summary.size = shape.blocks * BLOCK;
     space.set_blocks(shape.blocks)?;
     Ok(summary)
@@ -139,9 +156,9 @@ fn punch(space: &Space, written: &mut [Span], live: &mut Vec<Span>) -> u64 {
 }
 
 /// Writes the inodes, a group at a time.
-fn tables(space: &Space, shape: Shape, numbered: &Numbered, made: &[[u8; INODE]]) -> Result<(), Error> {
+fn tables(space: &Space, shape: &Shape, numbered: &Numbered, made: &[[u8; INODE]]) -> Result<(), Error> {
     let mut inodes = numbered.order.iter().zip(made).peekable();
-    for group in 0..shape.groups {
+    for (group, place) in (0..).zip(&shape.tables) {
         let first = group * shape.inodes_per_group + 1;
         let size = usize::try_from(shape.inodes_per_group).unwrap_or_default() * INODE;
         let mut table = vec![0; size];
@@ -152,7 +169,7 @@ fn tables(space: &Space, shape: Shape, numbered: &Numbered, made: &[[u8; INODE]]
                 place.copy_from_slice(inode);
             }
         }
-        space.write(shape.table(group), &table)?;
+        space.write(*place, &table)?;
     }
     Ok(())
 }
@@ -166,7 +183,7 @@ fn is_directory(tree: &Tree, id: Id) -> bool {
 mod tests {
     use super::*;
     use crate::layer::Meta;
-    use std::process::Command;
+    use std::{os::unix::fs::FileExt as _, process::Command};
 
     #[test]
     fn large_files_have_as_many_extents_as_they_need() {
@@ -192,15 +209,87 @@ mod tests {
         assert!(said.contains("Size: 943718405") && said.contains("(ETB0)"), "{said}");
     }
 
+    /// Small files and large ones, directories, links and tables around the spare copies of groups 1 and 3.
+    #[test]
+    fn what_reaches_across_spare_copies_is_whole_and_the_copies_can_be_used() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        let space = Space::create(&path, 64 << 30).unwrap();
+        let mut tree = Tree::new();
+        let mut put = |name: &str, body| {
+            tree.put(ROOT, name.as_bytes(), Node { meta: Meta::default(), body });
+        };
+        let mut spans = Vec::new();
+        let content = |seed: u32, blocks: u64| -> Vec<u8> {
+            (0..blocks * BLOCK / 4 - 1).flat_map(|n| (n as u32).wrapping_mul(seed).to_le_bytes()).collect()
+        };
+        // To just before the copies, then files over them.
+        let mut files = Vec::new();
+        for (group, name, blocks) in [(1, "small", 7), (3, "large", 1000)] {
+            let before = groups::runs(space.next(), 4 * PER_GROUP)
+                .take_while(|(block, _)| *block < group * PER_GROUP)
+                .map(|(_, count)| count)
+                .sum::<u64>();
+            space.take(before - 3).unwrap();
+            let data = content(group as u32, blocks);
+            let mut writer = crate::space::Writer::new(&space);
+            let span = writer.file(data.len() as u64, &mut data.as_slice()).unwrap();
+            writer.flush().unwrap();
+            assert!(groups::runs(span.start, span.blocks()).count() == 2, "{name}");
+            spans.push(span);
+            put(name, Body::File(span));
+            files.push((name, data));
+        }
+        for n in 0..200 {
+            put(&format!("link{n}"), Body::Symlink(vec![b'x'; 100].into()));
+        }
+        let summary = write(tree, &space, &mut spans).unwrap();
+        drop(space);
+        let run = |program: &str, args: &[&str]| {
+            let out = Command::new(program).args(args).arg(&path).output().unwrap();
+            let said = String::from_utf8_lossy(&out.stdout).into_owned();
+            assert!(out.status.success(), "{program} {args:?}: {said}");
+            (said, out.stdout)
+        };
+        run("e2fsck", &["-fn"]);
+        for (name, data) in files {
+            assert!(run("debugfs", &["-R", &format!("cat {name}")]).1 == data, "{name}");
+        }
+        // The copies, once the first of all is gone.
+        fs_err::File::options().write(true).open(&path).unwrap().file().write_all_at(&[0; 2048], 0).unwrap();
+        for group in [1, 3] {
+            let said = run(
+                "dumpe2fs",
+                &["-o", "blocksize=4096", "-o", &format!("superblock={}", group * PER_GROUP)],
+            )
+            .0;
+            assert!(said.contains(&format!("Block count:              {}", summary.size / BLOCK)), "{said}");
+        }
+        let mended =
+            Command::new("e2fsck").args(["-fy", "-B", "4096", "-b", "98304"]).arg(&path).output().unwrap();
+        assert!(matches!(mended.status.code(), Some(0 | 1)), "{}", String::from_utf8_lossy(&mended.stdout));
+        run("e2fsck", &["-fn"]);
+    }
+
     #[test]
     fn shapes_hold_what_they_must() {
-        for (metadata, inodes) in
-            [(40, 11), (32_700, 11), (40, 1_000_000), (3 * PER_GROUP, 70_000), (PER_GROUP - 3, 16)]
-        {
+        for (metadata, inodes) in [
+            (40, 11),
+            (32_700, 11),
+            (40, 1_000_000),
+            (3 * PER_GROUP, 70_000),
+            (PER_GROUP - 3, 16),
+            (3 * PER_GROUP - 40, 600_000),
+        ] {
             let shape = Shape::new(metadata, inodes);
             assert!(shape.groups * shape.inodes_per_group >= inodes && shape.inodes_per_group <= PER_GROUP);
             assert_eq!(shape.blocks.div_ceil(PER_GROUP), shape.groups);
-            assert!(shape.table(shape.groups) <= shape.blocks);
+            let each = shape.inodes_per_group / INODES_PER_BLOCK;
+            assert_eq!(shape.tables.len() as u64, shape.groups);
+            for place in shape.tables {
+                let runs: Vec<_> = groups::runs(place, each).collect();
+                assert!(matches!(runs[..], [(first, count)] if first + count <= shape.blocks));
+            }
         }
     }
 }

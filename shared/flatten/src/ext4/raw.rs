@@ -1,6 +1,9 @@
 //! Little-endian numbers into blocks, blocks in a row, and bitmaps.
 
-use crate::space::{BLOCK, Space};
+use crate::{
+    groups,
+    space::{BLOCK, Space},
+};
 use bothy_contract::Error;
 
 /// Puts bytes at an offset. What would not fit is not put: offsets are constants of the format.
@@ -39,7 +42,7 @@ impl<'a> Appender<'a> {
         Self { space, start: 0, buffer: Vec::new(), taken: Vec::new() }
     }
 
-    /// Takes whole blocks and says where they are.
+    /// Takes whole blocks and says at which place they begin.
     pub(super) fn push(&mut self, data: &[u8]) -> Result<u64, Error> {
         let blocks = (data.len() as u64).div_ceil(BLOCK);
         let start = self.space.take(blocks)?;
@@ -66,7 +69,7 @@ impl<'a> Appender<'a> {
         Ok(())
     }
 
-    /// The runs of blocks that were taken.
+    /// The places that were taken, as runs.
     pub(super) fn taken(&self) -> &[(u64, u64)] {
         &self.taken
     }
@@ -80,6 +83,11 @@ pub(super) struct Bitmap {
 impl Bitmap {
     pub(super) fn new(bits: u64) -> Self {
         Self { bytes: vec![0; usize::try_from(bits.div_ceil(8)).unwrap_or_default()] }
+    }
+
+    /// Sets the bits of the blocks at `count` places from `place`.
+    pub(super) fn set_places(&mut self, place: u64, count: u64) {
+        groups::runs(place, count).for_each(|(block, count)| self.set(block, count));
     }
 
     /// Sets `count` bits from `start`.

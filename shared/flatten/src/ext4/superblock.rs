@@ -1,12 +1,13 @@
 //! The superblock, the groups' descriptors, and the bitmaps that they lead to.
 
 use super::{
-    FIRST_INODE, INODE, PER_GROUP, Shape,
+    FIRST_INODE, INODE, Shape,
     inode::Numbered,
     is_directory,
     raw::{Bitmap, put, put16, put32, zeros},
 };
 use crate::{
+    groups::{self, PER_GROUP},
     space::{BLOCK, Space},
     tree::Tree,
 };
@@ -14,18 +15,18 @@ use bothy_contract::Error;
 use sha2::{Digest as _, Sha256};
 
 /// The size of a group's descriptor.
-const DESCRIPTOR: usize = 32;
-/// ext_attr, sparse_super2.
-const COMPATIBLE: u64 = 0x0008 | 0x0200;
+pub(super) const DESCRIPTOR: usize = 32;
+/// ext_attr.
+const COMPATIBLE: u64 = 0x0008;
 /// filetype, extents, flex_bg.
 const INCOMPATIBLE: u64 = 0x0002 | 0x0040 | 0x0200;
-/// large_file, dir_nlink, extra_isize.
-const READ_ONLY: u64 = 0x0002 | 0x0020 | 0x0040;
+/// sparse_super, large_file, dir_nlink, extra_isize.
+const READ_ONLY: u64 = 0x0001 | 0x0002 | 0x0020 | 0x0040;
 
-/// Writes them.
+/// Writes them, and the spare copies of those that have some.
 pub(super) fn write(
     space: &Space,
-    shape: Shape,
+    shape: &Shape,
     used: &Bitmap,
     numbered: &Numbered,
     tree: &Tree,
@@ -38,7 +39,7 @@ pub(super) fn write(
     let mut hash = Sha256::new();
     let (mut free_blocks, mut free_inodes) = (0, 0);
     let mut order = numbered.order.iter().peekable();
-    for group in 0..groups {
+    for (group, table) in (0..groups).zip(&shape.tables) {
         let g = group as u64;
         let first = g * shape.inodes_per_group + 1;
         let mut bits = Bitmap::new(PER_GROUP);
@@ -58,9 +59,9 @@ pub(super) fn write(
         block_bitmaps.extend_from_slice(used.group(g));
         let free = zeros(used.group(g));
         let at = group * DESCRIPTOR;
-        put32(&mut descriptors, at, shape.metadata + g);
-        put32(&mut descriptors, at + 4, shape.metadata + shape.groups + g);
-        put32(&mut descriptors, at + 8, shape.table(g));
+        put32(&mut descriptors, at, groups::block(shape.metadata + g));
+        put32(&mut descriptors, at + 4, groups::block(shape.metadata + shape.groups + g));
+        put32(&mut descriptors, at + 8, groups::block(*table));
         put16(&mut descriptors, at + 12, free);
         put16(&mut descriptors, at + 14, here);
         put16(&mut descriptors, at + 16, directories);
@@ -70,9 +71,8 @@ pub(super) fn write(
     hash.update(&block_bitmaps);
     space.write(shape.metadata, &block_bitmaps)?;
     space.write(shape.metadata + shape.groups, &inode_bitmaps)?;
-    space.write(1, &descriptors)?;
     let mut sb = [0; 1024];
-    let fields: [(usize, u64); 20] = [
+    let fields: [(usize, u64); 18] = [
         (0x00, shape.groups * shape.inodes_per_group),
         (0x04, shape.blocks),
         (0x0c, free_blocks),
@@ -93,9 +93,6 @@ pub(super) fn write(
         // Names are hashed as signed bytes.
         (0x160, 0x0001),
         (0x174, 4),
-        // No backups of this block.
-        (0x24c, 0),
-        (0x250, 0),
         (0x08, 0),
     ];
     for (at, value) in fields {
@@ -114,5 +111,14 @@ pub(super) fn write(
     let (uuid, seed) = digest.split_at(16);
     put(&mut sb, 0x68, uuid);
     put(&mut sb, 0xec, seed);
+    for group in groups::backups(shape.groups) {
+        let at = group * PER_GROUP * BLOCK;
+        // Each says where it is.
+        put16(&mut sb, 0x5a, group);
+        space.write_at(at, &sb)?;
+        space.write_at(at + BLOCK, &descriptors)?;
+    }
+    put16(&mut sb, 0x5a, 0);
+    space.write_at(BLOCK, &descriptors)?;
     space.write_at(1024, &sb)
 }
