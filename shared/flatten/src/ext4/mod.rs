@@ -241,7 +241,7 @@ mod tests {
             files.push((name, data));
         }
         for n in 0..200 {
-            put(&format!("link{n}"), Body::Symlink(vec![b'x'; 100].into()));
+            put(&format!("link{n}"), Body::Symlink(vec![b'x'; 100]));
         }
         let summary = write(tree, &space, &mut spans).unwrap();
         drop(space);
