@@ -6,6 +6,7 @@
 //! hard link to the image's rootfs: an overlay is only valid over the base it was begun with, and the link
 //! keeps that one, and its page cache, when the image is built anew.
 
+mod homes;
 mod root;
 mod sizes;
 mod templates;
@@ -17,11 +18,12 @@ use bothy_contract::{
     Code, Error, VmId,
     image::{RootDisk, WorkDisk},
 };
+use homes::Homes;
 use root::{check_size, make_clone};
 use std::{
     io,
     ops::Range,
-    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
 };
@@ -48,6 +50,7 @@ pub(crate) struct Disks {
     uids: Range<u32>,
     /// Held while disks grow.
     growing: Arc<Mutex<()>>,
+    homes: Homes,
 }
 
 /// What a work disk is made from.
@@ -77,7 +80,7 @@ impl Seed {
 impl Disks {
     /// Disks below `dir`, and those of templates below `templates`, roots kept on `root`, for the VMMs' users `uids`.
     pub(crate) fn new(dir: PathBuf, templates: PathBuf, root: RootDisk, uids: Range<u32>) -> Self {
-        Self { dir, templates, root, uids, growing: Arc::default() }
+        Self { dir, templates, root, uids, growing: Arc::default(), homes: Homes::default() }
     }
 
     /// Makes a VM's work disk ready, from what `seed` gives where it is not there yet. `seed` may make a directory with a dot
@@ -101,7 +104,7 @@ impl Disks {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => return Err(failed(e)),
         }
-        self.make_home(&home).map_err(failed)?;
+        let _here = self.homes.enter(&home).map_err(failed)?;
         let made = seed(&home).and_then(|seed| {
             let how = seed
                 .size()
@@ -112,8 +115,7 @@ impl Disks {
             }
             how.map(|how| seed.how.unwrap_or_else(|| how.word().to_owned()))
         });
-        let how = made.inspect_err(|_| self.remove_empty(&home))?;
-        Ok(WorkDisk { path, how })
+        Ok(WorkDisk { path, how: made? })
     }
 
     /// Removes all disks of a VM, if it has any.
@@ -155,7 +157,8 @@ impl Disks {
                     }
                 }
             }
-            self.remove_empty(&home);
+            // One with something in it stays.
+            let _ = fs_err::remove_dir(&home);
         }
         root::sweep(&self.dir)
     }
@@ -179,19 +182,6 @@ impl Disks {
             std::os::unix::fs::lchown(path, Some(uid), None).map_err(failed)?;
         }
         Ok(())
-    }
-
-    /// The directory is root's; the VM's user can go through it and see only what is its own.
-    fn make_home(&self, home: &Path) -> io::Result<()> {
-        match fs_err::create_dir(home) {
-            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(e),
-            _ => fs_err::set_permissions(home, std::fs::Permissions::from_mode(0o711)),
-        }
-    }
-
-    fn remove_empty(&self, home: &Path) {
-        // One with something in it stays, and that is right.
-        let _ = fs_err::remove_dir(home);
     }
 }
 
@@ -285,6 +275,33 @@ mod tests {
         h.disks.release(vm).unwrap();
         h.disks.release(vm).unwrap();
         assert_eq!(h.disks.list().unwrap(), []);
+    }
+
+    /// A create has both made side by side: what fails is told, and does not make the other fail.
+    #[test]
+    fn a_disk_that_cannot_be_made_is_not_in_the_way_of_the_other() {
+        bothy_testkit::require_root!();
+        let h = host();
+        let copies = h.with(RootDisk::Copy);
+        let vm = VmId::new();
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let _inside = runtime.enter();
+        let work = h.disks.work_with(vm, UID, 16, |_| {
+            // The image of this host is no file system, so there is nothing to grow.
+            let refused = copies.rootfs(&h.store, vm, &h.image, UID, 16).unwrap_err();
+            assert!(refused.message.contains("resize2fs"), "{refused}");
+            Seed::open(&h.store.dir_of(&h.image).join("work-seed.ext4"))
+        });
+        assert!(work.unwrap().path.is_file());
+        h.disks.release(vm).unwrap();
+        // And the other way round.
+        let root = h.disks.work_with(vm, UID, 16, |_| {
+            let made = h.disks.rootfs(&h.store, vm, &h.image, UID, 16).unwrap();
+            assert!(made.base.is_file());
+            Err(Error::invalid("no seed"))
+        });
+        assert_eq!(root.unwrap_err().message, "no seed");
+        assert!(h.disks.rootfs(&h.store, vm, &h.image, UID, 16).unwrap().base.is_file());
     }
 
     #[test]

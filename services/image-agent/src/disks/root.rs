@@ -151,14 +151,15 @@ impl Disks {
         self.check_uid(uid)?;
         let place = Place { vm, home: self.dir.join(vm.to_string()), uid };
         let kept = there(&place.home);
+        let mut here = None;
         let backend = kept.map_or_else(|| backend(self.root), Ok)?;
         if kept.is_some() {
             self.keep_root(backend, &place, mib)?;
         } else {
             let image = store.open(image)?;
             check_size(backend.what(), mib, image.artifact(backend.least())?.0.size)?;
-            self.make_home(&place.home).map_err(|e| failed(backend, vm, &e))?;
-            backend.make(&place, &image, mib).inspect_err(|_| self.remove_empty(&place.home))?;
+            here = Some(self.homes.enter(&place.home).map_err(|e| failed(backend, vm, &e))?);
+            backend.make(&place, &image, mib)?;
         }
         let mut rootfs = backend.attach(&place).inspect_err(|_| {
             // One that is new is not kept: nobody knows of it yet.
@@ -166,9 +167,9 @@ impl Disks {
                 for name in [backend.file(), super::BASE] {
                     let _ = fs_err::remove_file(place.home.join(name));
                 }
-                self.remove_empty(&place.home);
             }
         })?;
+        drop(here);
         if backend.has_base() && !rootfs.base.is_file() {
             // Linking was not possible when it was made: see `link`.
             rootfs.base = store.open(image)?.artifact("rootfs")?.1;

@@ -79,8 +79,9 @@ impl Disks {
         self.check_uid(uid)?;
         let home = self.dir.join(vm.to_string());
         let path = home.join(WORK);
+        let failed = |e| fault::io(format!("cannot make a placeholder for the work disk of VM {vm}"), &e);
+        let _here = self.homes.enter(&home).map_err(failed)?;
         let empty = || {
-            self.make_home(&home)?;
             let file = fs_err::File::create(&path)?;
             file.set_len(PLACEHOLDER)?;
             fs_err::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
@@ -88,8 +89,7 @@ impl Disks {
         };
         empty().map_err(|e| {
             let _ = fs_err::remove_file(&path);
-            self.remove_empty(&home);
-            fault::io(format!("cannot make a placeholder for the work disk of VM {vm}"), &e)
+            failed(e)
         })?;
         Ok(WorkDisk { path, how: "placeholder".to_owned() })
     }
@@ -117,7 +117,7 @@ impl Disks {
             self.keep_root(kept, &place, mib)?;
             return kept.attach(&place);
         }
-        self.make_home(&place.home).map_err(failed)?;
+        let _here = self.homes.enter(&place.home).map_err(failed)?;
         let base = place.home.join(BASE);
         let make = || {
             if backend.has_base() {
@@ -131,7 +131,6 @@ impl Disks {
             Ok(_) => backend.attach(&place),
             Err(e) => {
                 let _ = fs_err::remove_file(&base);
-                self.remove_empty(&place.home);
                 Err(e)
             }
         }
