@@ -170,8 +170,8 @@ fn read_all(
     results.into_iter().map(|(_, read)| read).collect()
 }
 
-/// The error for `what` having failed with `err`, the kernel's.
-fn failed(what: impl std::fmt::Display, err: &io::Error) -> Error {
+/// The error for `what` having failed with `err`, the kernel's. A full disk is told apart, since a person can do something about it.
+pub fn failed(what: impl std::fmt::Display, err: &io::Error) -> Error {
     let message = format!("{what}: {}", chain(err));
     if err.kind() == io::ErrorKind::StorageFull || err.raw_os_error() == Some(28) {
         return Error::new(Code::ResourceExhausted, message)

@@ -3,8 +3,8 @@
 //! oci-client reads the whole answer before anybody can look at its size, so this is asked for here, with the token that it has
 //! got. Names and statuses are those of the OCI distribution specification, 1.1.
 
-use super::config::MAX_DOCUMENT;
 use bothy_contract::{Code, Error};
+use bothy_oci::documents::MAX_DOCUMENT;
 use oci_client::{
     Reference,
     errors::{OciDistributionError, OciEnvelope},

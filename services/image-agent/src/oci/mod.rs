@@ -9,9 +9,7 @@
 //! the opposite is shown: crate `bothy-flatten` contains it, and nothing of it is run.
 
 mod blobs;
-mod config;
 mod documents;
-mod layout;
 mod registry;
 mod spool;
 
@@ -29,12 +27,13 @@ use crate::{
 };
 use bothy_contract::{
     Code, Error, KernelName, OpId, RequestId,
-    image::{Defaults, ImageManifest, InitStyle},
+    image::{ImageManifest, InitStyle},
     intake::{IntakeSource, OpenIntake},
     op::Begun as OpBegun,
 };
 use bothy_db::rusqlite::{OptionalExtension as _, Transaction};
 use bothy_flatten::Limits;
+use bothy_oci::Contents;
 use bothy_ops::{Graph, New, Op, Ops};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::{
@@ -66,26 +65,6 @@ enum Arrived {
     Archive(PathBuf),
     /// Who asks the registry, under this key in this process's memory and nowhere else.
     Credentials(String),
-}
-
-/// A layer in a file of the operation's directory.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct LayerAt {
-    file: PathBuf,
-    offset: u64,
-    length: u64,
-    digest: Option<String>,
-    diff_id: Option<String>,
-}
-
-/// What an archive was found to hold.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Contents {
-    layers: Vec<LayerAt>,
-    /// What its processes get where nothing else is said.
-    defaults: Defaults,
-    /// Its digest, where it is an OCI image; else it is a root file system.
-    digest: Option<String>,
 }
 
 /// What the stage `boot_set` took.
@@ -208,7 +187,10 @@ impl Import {
                 blocking(move || {
                     let archive = dir.join("archive");
                     fs_err::rename(spool, &archive).map_err(|e| fault::io("cannot take the archive", &e))?;
-                    layout::look_into(&archive, &dir, &with)
+                    let length = fs_err::metadata(&archive)
+                        .map_err(|e| fault::io("cannot look at the archive", &e))?
+                        .len();
+                    bothy_oci::look_into(&archive, &dir, room(&dir)?, &with.bytes(length))
                 })
                 .await?
             }
@@ -230,20 +212,8 @@ impl Import {
         let (dir, out, rootfs) = (self.dir.clone(), self.out(), self.rootfs());
         blocking(move || {
             let contents: Contents = kept(&dir, "contents")?;
-            let whiteouts = contents.digest.is_some();
             let total = contents.layers.iter().map(|l| l.length).sum();
-            let layers: Vec<_> = contents
-                .layers
-                .into_iter()
-                .map(|l| bothy_flatten::Layer {
-                    file: l.file,
-                    offset: l.offset,
-                    length: Some(l.length),
-                    digest: l.digest,
-                    diff_id: l.diff_id,
-                    whiteouts,
-                })
-                .collect();
+            let layers = contents.layers();
             fs_err::create_dir(&out).map_err(|e| fault::io("cannot make the image's directory", &e))?;
             let default = Limits::default();
             let limits = Limits { bytes: default.bytes.min(room(&dir)?), ..default };

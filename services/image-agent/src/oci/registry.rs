@@ -2,9 +2,7 @@
 //! layers, each checked against the digest that led to it.
 
 use super::{
-    Contents, LayerAt,
     blobs::Blobs,
-    config,
     documents::{self, Documents, Failed},
     room,
 };
@@ -14,6 +12,7 @@ use crate::{
     fault::{self, blocking},
 };
 use bothy_contract::{Code, Error, error::chain, intake::Credentials};
+use bothy_oci::{Contents, LayerAt, documents as config};
 use futures::{StreamExt as _, TryStreamExt as _};
 use oci_client::{
     Client, Reference, RegistryOperation,

@@ -6,18 +6,21 @@ use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 
 /// The largest document that is read.
-pub(super) const MAX_DOCUMENT: u64 = 4 << 20;
+pub const MAX_DOCUMENT: u64 = 4 << 20;
 /// The most layers.
 const MAX_LAYERS: usize = 1024;
 
 /// Leads to a blob.
 #[derive(Debug, Clone, Deserialize)]
-pub(super) struct Descriptor {
+pub struct Descriptor {
+    /// Of what kind the blob is.
     #[serde(rename = "mediaType", default)]
-    pub(super) media_type: String,
-    pub(super) digest: String,
+    pub media_type: String,
+    /// Its digest.
+    pub digest: String,
+    /// Its size in bytes, as the document has it.
     #[serde(default)]
-    pub(super) size: u64,
+    pub size: u64,
     #[serde(default)]
     platform: Option<Platform>,
     #[serde(default)]
@@ -26,18 +29,24 @@ pub(super) struct Descriptor {
 
 impl Descriptor {
     /// The SHA-256 that it names, in lower-case hex.
-    pub(super) fn sha256(&self) -> Result<&str, Error> {
+    ///
+    /// # Errors
+    /// It names none.
+    pub fn sha256(&self) -> Result<&str, Error> {
         sha256(&self.digest)
     }
 
     /// Whether what it leads to is an index again.
-    pub(super) fn is_index(&self) -> bool {
+    pub fn is_index(&self) -> bool {
         self.media_type.ends_with(".index.v1+json") || self.media_type.ends_with(".manifest.list.v2+json")
     }
 }
 
 /// The SHA-256 in a digest's text.
-pub(super) fn sha256(digest: &str) -> Result<&str, Error> {
+///
+/// # Errors
+/// It is no such digest.
+pub fn sha256(digest: &str) -> Result<&str, Error> {
     digest
         .strip_prefix("sha256:")
         .filter(|d| d.len() == 64 && d.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')))
@@ -60,10 +69,12 @@ struct Index {
 
 /// A manifest: a configuration and layers.
 #[derive(Debug, Deserialize)]
-pub(super) struct Manifest {
-    pub(super) config: Descriptor,
+pub struct Manifest {
+    /// The configuration.
+    pub config: Descriptor,
+    /// The lowest first.
     #[serde(default)]
-    pub(super) layers: Vec<Descriptor>,
+    pub layers: Vec<Descriptor>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -107,7 +118,10 @@ fn parse<T: serde::de::DeserializeOwned>(what: &str, text: &[u8]) -> Result<T, E
 }
 
 /// Checks that a document is the one that a descriptor leads to.
-pub(super) fn check(what: &str, text: &[u8], expected: &str) -> Result<(), Error> {
+///
+/// # Errors
+/// It is another one.
+pub fn check(what: &str, text: &[u8], expected: &str) -> Result<(), Error> {
     let found = hex::encode(Sha256::digest(text));
     if found == expected {
         return Ok(());
@@ -119,7 +133,10 @@ pub(super) fn check(what: &str, text: &[u8], expected: &str) -> Result<(), Error
 }
 
 /// Whether a document is an index, and no manifest.
-pub(super) fn is_index(text: &[u8]) -> Result<bool, Error> {
+///
+/// # Errors
+/// It is neither.
+pub fn is_index(text: &[u8]) -> Result<bool, Error> {
     #[derive(Deserialize)]
     struct Either {
         manifests: Option<serde::de::IgnoredAny>,
@@ -128,7 +145,10 @@ pub(super) fn is_index(text: &[u8]) -> Result<bool, Error> {
 }
 
 /// The one image of an index that this machine can run.
-pub(super) fn choose(text: &[u8]) -> Result<Descriptor, Error> {
+///
+/// # Errors
+/// There is none, or more than one.
+pub fn choose(text: &[u8]) -> Result<Descriptor, Error> {
     let index: Index = parse("index", text)?;
     let ours = |d: &&Descriptor| match &d.platform {
         Some(p) => p.architecture == architecture() && p.os == "linux",
@@ -167,7 +187,10 @@ pub(super) fn choose(text: &[u8]) -> Result<Descriptor, Error> {
 }
 
 /// A manifest whose layers are all of a kind that is known here.
-pub(super) fn manifest(text: &[u8]) -> Result<Manifest, Error> {
+///
+/// # Errors
+/// It makes no sense, or has layers of another kind.
+pub fn manifest(text: &[u8]) -> Result<Manifest, Error> {
     let manifest: Manifest = parse("manifest", text)?;
     if manifest.layers.len() > MAX_LAYERS {
         return Err(Error::new(Code::ResourceExhausted, format!("it has more than {MAX_LAYERS} layers")));
@@ -185,7 +208,10 @@ pub(super) fn manifest(text: &[u8]) -> Result<Manifest, Error> {
 }
 
 /// What a configuration says: the digests of the `layers` layers once decompressed, and what processes get.
-pub(super) fn config(text: &[u8], layers: usize) -> Result<(Vec<String>, Defaults), Error> {
+///
+/// # Errors
+/// It is for another machine or another image.
+pub fn config(text: &[u8], layers: usize) -> Result<(Vec<String>, Defaults), Error> {
     let config: Config = parse("configuration", text)?;
     let right = |is: &str, ours: &str| is.is_empty() || is == ours;
     if !right(&config.architecture, architecture()) || !right(&config.os, "linux") {

@@ -1,9 +1,8 @@
 //! What is in an archive: a root file system, or an OCI layout, whose layers are then taken from where they are in it.
 
-use super::{Contents, LayerAt, config, room};
-use crate::{build::Stage, fault};
+use crate::{Contents, LayerAt, documents};
 use bothy_contract::{Code, Error, image::Defaults};
-use bothy_flatten::{Decoder, Kind, Reader};
+use bothy_flatten::{Beat, Decoder, Kind, Reader, failed};
 use fs_err::File;
 use std::{
     collections::BTreeMap,
@@ -18,8 +17,12 @@ const MAX_FILES: usize = 10_000;
 /// How often an index may lead to an index.
 const MAX_DEPTH: usize = 4;
 
-/// Finds out what the file `archive` holds. `dir` takes it decompressed, where that is needed.
-pub(super) fn look_into(archive: &Path, dir: &Path, with: &Stage) -> Result<Contents, Error> {
+/// Finds out what the file `archive` holds. `dir` takes it decompressed in its place, where that is needed, and if that is no more
+/// than `room` bytes; `beat` hears of each piece that was read for it.
+///
+/// # Errors
+/// It is neither a root file system nor an OCI layout, or not whole, or it cannot be read.
+pub fn look_into(archive: &Path, dir: &Path, room: u64, beat: Beat<'_>) -> Result<Contents, Error> {
     let compressed = decoder(archive)?.is_compressed();
     if !tells_layout(archive, compressed)? {
         return root(archive);
@@ -28,17 +31,17 @@ pub(super) fn look_into(archive: &Path, dir: &Path, with: &Stage) -> Result<Cont
         return Layout::open(archive)?.contents();
     }
     let plain = dir.join("archive.tar");
-    let mut to = File::create_new(&plain).map_err(|e| fault::io("cannot decompress the archive", &e))?;
-    let (source, length) = open(archive)?;
-    bothy_flatten::decompress(source, &mut to, room(dir)?, &with.bytes(length))?;
-    fs_err::remove_file(archive).map_err(|e| fault::io("cannot remove the archive", &e))?;
+    let mut to = File::create_new(&plain).map_err(|e| failed("cannot decompress the archive", &e))?;
+    let (source, _) = open(archive)?;
+    bothy_flatten::decompress(source, &mut to, room, beat)?;
+    fs_err::remove_file(archive).map_err(|e| failed("cannot remove the archive", &e))?;
     Layout::open(&plain)?.contents()
 }
 
 fn open(path: &Path) -> Result<(File, u64), Error> {
-    let failed = |e: io::Error| fault::io("cannot read the archive", &e);
-    let file = File::open(path).map_err(failed)?;
-    let length = file.metadata().map_err(failed)?.len();
+    let unread = |e: io::Error| failed("cannot read the archive", &e);
+    let file = File::open(path).map_err(unread)?;
+    let length = file.metadata().map_err(unread)?.len();
     Ok((file, length))
 }
 
@@ -117,35 +120,35 @@ impl Layout {
 
     fn document(&self, name: &str) -> Result<Vec<u8>, Error> {
         let (offset, size) = self.find(name)?;
-        if size > config::MAX_DOCUMENT {
+        if size > documents::MAX_DOCUMENT {
             return Err(Error::new(Code::ResourceExhausted, format!("`{name}` of the layout is too large")));
         }
-        let failed = |e: io::Error| fault::io("cannot read the archive", &e);
+        let unread = |e: io::Error| failed("cannot read the archive", &e);
         let mut file = open(&self.file)?.0;
-        file.seek(SeekFrom::Start(offset)).map_err(failed)?;
+        file.seek(SeekFrom::Start(offset)).map_err(unread)?;
         let mut text = Vec::new();
-        file.take(size).read_to_end(&mut text).map_err(failed)?;
+        file.take(size).read_to_end(&mut text).map_err(unread)?;
         Ok(text)
     }
 
     fn blob(&self, what: &str, sha256: &str) -> Result<Vec<u8>, Error> {
         let text = self.document(&format!("blobs/sha256/{sha256}"))?;
-        config::check(what, &text, sha256)?;
+        documents::check(what, &text, sha256)?;
         Ok(text)
     }
 
     fn contents(&self) -> Result<Contents, Error> {
-        let mut chosen = config::choose(&self.document("index.json")?)?;
+        let mut chosen = documents::choose(&self.document("index.json")?)?;
         for _ in 0..MAX_DEPTH {
             if !chosen.is_index() {
                 break;
             }
-            chosen = config::choose(&self.blob("index", chosen.sha256()?)?)?;
+            chosen = documents::choose(&self.blob("index", chosen.sha256()?)?)?;
         }
         let digest = chosen.sha256()?.to_owned();
-        let manifest = config::manifest(&self.blob("manifest", &digest)?)?;
+        let manifest = documents::manifest(&self.blob("manifest", &digest)?)?;
         let text = self.blob("configuration", manifest.config.sha256()?)?;
-        let (diff_ids, defaults) = config::config(&text, manifest.layers.len())?;
+        let (diff_ids, defaults) = documents::config(&text, manifest.layers.len())?;
         let mut layers = Vec::new();
         for (layer, diff_id) in manifest.layers.iter().zip(diff_ids) {
             let sha256 = layer.sha256()?;
