@@ -1,6 +1,7 @@
 //! `cargo xtask`: what a developer of bothy runs. Each subcommand is a module.
 
 mod dist;
+mod fuzz;
 mod guest;
 mod run;
 mod say;
@@ -37,6 +38,18 @@ enum Command {
         #[arg(required = true)]
         what: Vec<String>,
     },
+    /// Tries inputs that are led by the code they reach: `tar` (archives and layers) or `oci` (layouts and their documents).
+    Fuzz {
+        /// What is tried.
+        #[arg(value_enum)]
+        target: fuzz::Target,
+        /// For how long, in seconds.
+        #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..))]
+        seconds: u32,
+        /// Only this input, of an earlier run for instance.
+        #[arg(long, value_name = "FILE")]
+        input: Option<std::path::PathBuf>,
+    },
     /// Puts release binaries, the guest's and the recipes into `target/dist`.
     Dist,
 }
@@ -48,6 +61,7 @@ fn main() -> ExitCode {
         Command::Test { filter } => test::run(filter.as_deref()),
         Command::Demo => run::released("demo", &[]),
         Command::Bench { what } => run::released("bench", &what),
+        Command::Fuzz { target, seconds, input } => fuzz::run(target, seconds, input.as_deref()),
         Command::Dist => dist::run(),
     };
     match done {
