@@ -85,6 +85,7 @@ impl Agent {
                 templates,
                 root,
                 config.vm.uid_base..config.vm.uid_base.saturating_add(slots),
+                store.join("roots"),
             ),
             using: Arc::default(),
             healing: Arc::default(),

@@ -13,7 +13,7 @@ mod templates;
 
 pub(crate) use root::choose;
 
-use crate::{build, fault};
+use crate::{build, fault, seeds::Grown};
 use bothy_contract::{
     Code, Error, VmId,
     image::{RootDisk, WorkDisk},
@@ -51,6 +51,8 @@ pub(crate) struct Disks {
     /// Held while disks grow.
     growing: Arc<Mutex<()>>,
     homes: Homes,
+    /// Roots of images, grown for VMs that have one of their own.
+    roots: Grown,
 }
 
 /// What a work disk is made from.
@@ -78,9 +80,24 @@ impl Seed {
 }
 
 impl Disks {
-    /// Disks below `dir`, and those of templates below `templates`, roots kept on `root`, for the VMMs' users `uids`.
-    pub(crate) fn new(dir: PathBuf, templates: PathBuf, root: RootDisk, uids: Range<u32>) -> Self {
-        Self { dir, templates, root, uids, growing: Arc::default(), homes: Homes::default() }
+    /// Disks below `dir`, and those of templates below `templates`, roots kept on `root`, for the VMMs' users `uids`. `grown` has
+    /// what can be made again.
+    pub(crate) fn new(
+        dir: PathBuf,
+        templates: PathBuf,
+        root: RootDisk,
+        uids: Range<u32>,
+        grown: PathBuf,
+    ) -> Self {
+        Self {
+            dir,
+            templates,
+            root,
+            uids,
+            growing: Arc::default(),
+            homes: Homes::default(),
+            roots: Grown::new(grown),
+        }
     }
 
     /// Makes a VM's work disk ready, from what `seed` gives where it is not there yet. `seed` may make a directory with a dot
@@ -129,6 +146,11 @@ impl Disks {
         }
     }
 
+    /// Removes what is kept of images so that disks of theirs are made faster. To be called while none is made.
+    pub(crate) fn forget_images(&self) -> Result<(), Error> {
+        self.roots.sweep()
+    }
+
     /// The VMs that have disks, oldest first.
     pub(crate) fn list(&self) -> Result<Vec<VmId>, Error> {
         let failed = |e: &io::Error| fault::io("cannot list the disks", e);
@@ -160,6 +182,7 @@ impl Disks {
             // One with something in it stays.
             let _ = fs_err::remove_dir(&home);
         }
+        self.forget_images()?;
         root::sweep(&self.dir)
     }
 
@@ -240,7 +263,8 @@ mod tests {
     pub(super) fn host_with(root: PathBuf, kind: RootDisk) -> Host {
         let store = Store::new(&root.join("store"));
         let image = plant(&store, "a", MIB).name;
-        let disks = Disks::new(root.join("disks"), root.join("templates"), kind, 780_000..780_010);
+        let roots = root.join("store/roots");
+        let disks = Disks::new(root.join("disks"), root.join("templates"), kind, 780_000..780_010, roots);
         fs_err::create_dir(root.join("disks")).unwrap();
         fs_err::create_dir(root.join("templates")).unwrap();
         Host { _dir: None, root, store, disks, image }

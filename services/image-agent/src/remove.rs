@@ -36,7 +36,12 @@ pub(crate) async fn remove(client: &Client, agent: &Agent, image: ImageName) -> 
         )));
     }
     let agent = agent.clone();
-    blocking(move || agent.store.remove(&image)).await
+    blocking(move || {
+        let removed = agent.store.remove(&image)?;
+        agent.disks.forget_images()?;
+        Ok(removed)
+    })
+    .await
 }
 
 /// Removes what nothing needs, or says what that is.
@@ -59,6 +64,9 @@ pub(crate) async fn prune(client: &Client, agent: &Agent, ask: PruneImages) -> R
                 pruned.freed += agent.store.remove(&name)?.freed;
             }
             pruned.images.push(name);
+        }
+        if !ask.dry_run {
+            agent.disks.forget_images()?;
         }
         let garbage = if ask.dry_run { agent.store.garbage()? } else { agent.store.collect()? };
         let old = agent.old_initramfs(ask.dry_run)?;

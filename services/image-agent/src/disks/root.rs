@@ -9,6 +9,7 @@ use super::{Disks, MAX_MIB, MIB};
 use crate::{
     clone::{self, clone},
     fault,
+    seeds::Grown,
     store::{Image, Store},
 };
 use bothy_config::RootDiskChoice;
@@ -31,6 +32,8 @@ pub(super) struct Place {
     pub(super) home: PathBuf,
     /// Its VMM's user.
     pub(super) uid: u32,
+    /// Roots of images, grown for any VM.
+    pub(super) roots: Grown,
 }
 
 /// One way to keep roots.
@@ -149,7 +152,7 @@ impl Disks {
         mib: u64,
     ) -> Result<Rootfs, Error> {
         self.check_uid(uid)?;
-        let place = Place { vm, home: self.dir.join(vm.to_string()), uid };
+        let place = Place { vm, home: self.dir.join(vm.to_string()), uid, roots: self.roots.clone() };
         let kept = there(&place.home);
         let mut here = None;
         let backend = kept.map_or_else(|| backend(self.root), Ok)?;

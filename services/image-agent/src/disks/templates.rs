@@ -107,7 +107,7 @@ impl Disks {
     ) -> Result<Rootfs, Error> {
         self.check_uid(uid)?;
         let (from, home) = (self.template(template), self.dir.join(vm.to_string()));
-        let place = Place { vm, home, uid };
+        let place = Place { vm, home, uid, roots: self.roots.clone() };
         let Some(backend) = root::there(&from) else {
             return Err(Error::not_found(format!("there are no disks of template {template}")));
         };

@@ -2,7 +2,8 @@
 //! nothing to grow, which takes an emulated one half a second, and the host 20 ms once for each size.
 //!
 //! They are kept in `<store>/grown` by the digest of their seed and their size, few of them, and never over a restart of the
-//! agent: each can be made again from its seed. Only seeds are grown here, never what a guest wrote.
+//! agent: each can be made again from its seed. Roots that share their extents with the image's are kept the same way, in
+//! `<store>/roots`. Only what is the image's is grown here, never what a guest wrote.
 
 use crate::{
     build::{self, Stage, pack},
@@ -25,7 +26,7 @@ const MAX: usize = 8;
 const LARGEST_MIB: u64 = 16 << 10;
 const MIB: u64 = 1 << 20;
 
-/// The grown seeds in one directory.
+/// The grown file systems in one directory.
 #[derive(Debug, Clone)]
 pub(crate) struct Grown {
     dir: PathBuf,
@@ -62,21 +63,32 @@ impl Grown {
         if mib > LARGEST_MIB || seed.size()? >= mib * MIB {
             return Ok(None);
         }
+        self.keep(sha256, mib, |half| grow(seed, half, mib)).map(Some)
+    }
+
+    /// The one of what has the digest `sha256` for disks of `mib` MiB, made by `make` under the name that it gets, where it is
+    /// not there.
+    pub(crate) fn keep(
+        &self,
+        sha256: &str,
+        mib: u64,
+        make: impl FnOnce(&Path) -> Result<(), Error>,
+    ) -> Result<fs_err::File, Error> {
         let path = self.dir.join(format!("{sha256}-{mib}.ext4"));
-        let failed = |e: io::Error| fault::io("cannot keep a grown seed", &e);
+        let failed = |e: io::Error| fault::io("cannot keep a grown file system", &e);
         // Opened before another one may take its place.
         let _one = self.making.lock().unwrap_or_else(PoisonError::into_inner);
         if !path.is_file() {
             fs_err::create_dir_all(&self.dir).map_err(failed)?;
             self.make_room().map_err(failed)?;
             let half = self.dir.join(format!(".{}", OpId::new()));
-            let made = grow(seed, &half, mib).and_then(|()| fs_err::rename(&half, &path).map_err(failed));
+            let made = make(&half).and_then(|()| fs_err::rename(&half, &path).map_err(failed));
             if made.is_err() {
                 let _ = fs_err::remove_file(&half);
             }
             made?;
         }
-        fs_err::File::open(&path).map(Some).map_err(failed)
+        fs_err::File::open(&path).map_err(failed)
     }
 
     /// Removes the oldest, so that one more can be kept. Who clones one has it open.

@@ -52,20 +52,10 @@ impl Backend for Own {
     }
 
     fn make(&self, place: &Place, image: &Image, mib: u64) -> Result<(), Error> {
-        make(place, image, mib, |from, to| {
-            let filled = match self {
-                Self::Reflink => clone::reflink(from, to),
-                Self::Copy => copy(from, to),
-            };
-            filled.map_err(|e| match self {
-                Self::Reflink if clone::is_refusal(&e) => {
-                    let (home, image) = (place.home.display(), image.dir.display());
-                    let why = format!("a file in {home} cannot share extents with one in {image}: {e}");
-                    lacks(self.kind(), why)
-                }
-                _ => super::failed(self, place.vm, &e),
-            })
-        })
+        match self {
+            Self::Reflink => reflinked(place, image, mib),
+            Self::Copy => copied(place, image, mib),
+        }
     }
 
     fn attach(&self, place: &Place) -> Result<Rootfs, Error> {
@@ -77,27 +67,47 @@ impl Backend for Own {
     }
 }
 
-fn copy(from: &File, to: &File) -> io::Result<()> {
-    let length = from.metadata()?.len();
-    clone::copy_data(from, to, length)?;
-    to.set_len(length)
+/// A clone of the image's root as it is when it has been made ready. That one shares its extents with the image's, so it is kept
+/// for the next VM: growing it writes the tables of all the inodes that it can have.
+fn reflinked(place: &Place, image: &Image, mib: u64) -> Result<(), Error> {
+    let of = |e: io::Error| failed(place, &e);
+    let (artifact, rootfs) = image.artifact("rootfs")?;
+    let refused = |e: io::Error| match clone::is_refusal(&e) {
+        true => {
+            let (home, image) = (place.home.display(), image.dir.display());
+            let why = format!("a file in {home} cannot share extents with one in {image}: {e}");
+            lacks(RootDisk::Reflink, why)
+        }
+        false => of(e),
+    };
+    let share = |from: &File, to: &File| clone::reflink(from, to).map_err(refused);
+    make_file(&place.home.join(ROOT), place.uid, |temp| {
+        let ready = place.roots.keep(&artifact.sha256, mib, |half| {
+            let from = fs_err::File::open(&rootfs).map_err(of)?;
+            let to =
+                fs_err::File::options().read(true).write(true).create_new(true).open(half).map_err(of)?;
+            share(from.file(), to.file())?;
+            to.set_len(mib * super::MIB).map_err(of)?;
+            make_writable(half)
+        })?;
+        share(ready.file(), temp.as_file())
+    })
 }
 
-/// Makes the disk, filled by `fill` from the image's rootfs.
-fn make(
-    place: &Place,
-    image: &Image,
-    mib: u64,
-    fill: impl FnOnce(&File, &File) -> Result<(), Error>,
-) -> Result<(), Error> {
-    let of = |e: io::Error| fault::io(format!("cannot make the root disk of VM {}", place.vm), &e);
-    let (_, rootfs) = image.artifact("rootfs")?;
-    let from = fs_err::File::open(rootfs).map_err(of)?;
+/// A copy of the image's root, made ready. None is kept: it would take as much room as the image.
+fn copied(place: &Place, image: &Image, mib: u64) -> Result<(), Error> {
+    let of = |e: io::Error| failed(place, &e);
+    let from = fs_err::File::open(image.artifact("rootfs")?.1).map_err(of)?;
+    let length = from.metadata().map_err(of)?.len();
     make_file(&place.home.join(ROOT), place.uid, |temp| {
-        fill(from.file(), temp.as_file())?;
+        clone::copy_data(from.file(), temp.as_file(), length).map_err(of)?;
         temp.as_file().set_len(mib * super::MIB).map_err(of)?;
         make_writable(temp.path())
     })
+}
+
+fn failed(place: &Place, err: &io::Error) -> Error {
+    fault::io(format!("cannot make the root disk of VM {}", place.vm), err)
 }
 
 /// Gives the file system at `path`, which nobody but this agent has written to, the size of its file or device, and a journal. Runs

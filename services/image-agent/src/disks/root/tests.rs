@@ -66,11 +66,15 @@ pub(super) fn host(root: &Path, kind: RootDisk) -> Host {
     fs_err::write(tree.join("kept"), KEPT).unwrap();
     fs_err::write(tree.join("data"), vec![7; 12 * MIB as usize]).unwrap();
     fs_err::remove_file(&file).unwrap();
+    make_rootfs(&tree, &file);
+    replant(&h.store, &h.image);
+    h
+}
+
+fn make_rootfs(tree: &Path, file: &Path) {
     let (tree, to) = (tree.to_str().unwrap(), file.to_str().unwrap());
     let features = "^has_journal,^resize_inode,^metadata_csum,^64bit";
     run("mkfs.ext4", &["-q", "-F", "-b", "4096", "-O", features, "-m", "0", "-d", tree, to, "24m"]);
-    replant(&h.store, &h.image);
-    h
 }
 
 /// What a guest writes to, and a file that shows what is in the root of one that reads it.
@@ -212,12 +216,31 @@ fn a_clone_costs_no_room_where_extents_are_shared_and_is_refused_where_they_are_
             let stat = rustix::fs::statvfs(root).unwrap();
             stat.f_bfree * stat.f_frsize
         };
+        let clone = |mib| h.disks.rootfs(&h.store, VmId::new(), &h.image, UID, mib).unwrap().base;
         let before = free();
+        let first = clone(64);
+        let journal = before - free();
+        assert!(journal < 20 * MIB, "{journal} bytes for a journal of 16 MiB");
         for _ in 0..8 {
-            h.disks.rootfs(&h.store, VmId::new(), &h.image, UID, 64).unwrap();
+            let more = clone(64);
+            assert!(fs_err::read(&first).unwrap() == fs_err::read(more).unwrap());
         }
-        let taken = before - free();
-        assert!(taken < 8 * 20 * MIB, "{taken} bytes for 8 clones of 12 MiB and their journals of 16");
+        let taken = before - free() - journal;
+        assert!(taken < 8 * MIB, "{taken} bytes for 8 clones of 12 MiB and a journal of 16");
+        // Each size has its own, and so has each image.
+        assert_eq!(blocks(&clone(100)) * 4096, 100 * MIB);
+        fs_err::write(root.join("tree/kept"), "another image").unwrap();
+        let rootfs = h.store.dir_of(&h.image).join("rootfs.ext4");
+        fs_err::remove_file(&rootfs).unwrap();
+        make_rootfs(&root.join("tree"), &rootfs);
+        replant(&h.store, &h.image);
+        assert_eq!(cat(&clone(64), "/kept"), b"another image");
+        let roots = || fs_err::read_dir(h.root.join("store/roots")).map_or(0, Iterator::count);
+        assert_eq!(roots(), 3);
+        h.disks.forget_images().unwrap();
+        assert_eq!(roots(), 0);
+        assert_eq!(cat(&first, "/kept"), KEPT);
+        assert_eq!(cat(&clone(64), "/kept"), b"another image");
     });
     // tmpfs shares no extents, whatever the host's own file system can do.
     on(None, |root| {
