@@ -18,6 +18,8 @@ const MAX_INPUT: u32 = 32 << 10;
 /// The most memory, in MiB, and the longest that one input may take, in seconds.
 const MAX_MIB: u32 = 1024;
 const MAX_SECONDS: u32 = 20;
+/// How libFuzzer ends with a finding: one that took too long, took too much memory, or died (FuzzerOptions.h).
+const FINDINGS: [i32; 3] = [70, 71, 77];
 const FLAGS: [&str; 9] = [
     "--cfg=fuzzing",
     "-Cpasses=sancov-module",
@@ -51,6 +53,10 @@ impl Target {
 /// Builds the target and runs it for so many seconds, or with one input only.
 pub(crate) fn run(target: Target, seconds: u32, input: Option<&Path>) -> Result<(), Failure> {
     let name = target.name();
+    // The fuzzer runs in another directory than the caller.
+    let input = input
+        .map(|file| fs_err::canonicalize(file).map_err(|e| Failure(format!("cannot take the input: {e}"))))
+        .transpose()?;
     let program = build(name)?;
     let io = |what: &str, e: std::io::Error| Failure(format!("cannot {what}: {e}"));
     let work = target_dir().join("fuzz");
@@ -68,7 +74,7 @@ pub(crate) fn run(target: Target, seconds: u32, input: Option<&Path>) -> Result<
     let mut command = Command::new(&program);
     command.current_dir(root()).env("TMPDIR", &scratch).arg(prefix);
     command.args([format!("-rss_limit_mb={MAX_MIB}"), format!("-timeout={MAX_SECONDS}")]);
-    match input {
+    match &input {
         Some(input) => command.arg(input),
         None => {
             command.args([format!("-max_total_time={seconds}"), format!("-max_len={MAX_INPUT}")]);
@@ -76,18 +82,29 @@ pub(crate) fn run(target: Target, seconds: u32, input: Option<&Path>) -> Result<
             command.arg(&corpus).arg(root().join("fuzz/seeds").join(name))
         }
     };
-    step("fuzz", format!("{name}, for {seconds} s"));
+    match &input {
+        Some(input) => step("fuzz", format!("{name}, {}", input.display())),
+        None => step("fuzz", format!("{name}, for {seconds} s")),
+    }
     let ended = command.status();
     let _ = fs_err::remove_dir_all(&scratch);
-    if ended.map_err(|e| io("start the fuzzer", e))?.success() {
-        line(format!("nothing found; {} holds what was tried", corpus.display()));
-        return Ok(());
+    let status = ended.map_err(|e| io("start the fuzzer", e))?;
+    match (status.code(), &input) {
+        (Some(0), Some(input)) => line(format!("nothing found with {}", input.display())),
+        (Some(0), None) => line(format!("nothing found; {} holds what was tried", corpus.display())),
+        (Some(code), Some(input)) if FINDINGS.contains(&code) => {
+            return Err(Failure(format!("{name} fails with {}: see above", input.display())));
+        }
+        (Some(code), None) if FINDINGS.contains(&code) => {
+            return Err(Failure(format!(
+                "{name} has a finding, the newest file in {}; again with `cargo xtask fuzz {name} --input FILE`; once it is mended, \
+                 keep it in fuzz/seeds/{name}",
+                found.display()
+            )));
+        }
+        _ => return Err(Failure(format!("the fuzzer could not do its work ({status}): see above"))),
     }
-    Err(Failure(format!(
-        "{name} has a finding, the newest file in {}; again with `cargo xtask fuzz {name} --input FILE`; once it is mended, keep it \
-         in fuzz/seeds/{name}",
-        found.display()
-    )))
+    Ok(())
 }
 
 /// The machine that is built for. Said, so that build scripts and macros are built without the counters.
