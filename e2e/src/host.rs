@@ -171,6 +171,8 @@ impl Host {
     /// Sets what makes `command` reach this host, as a user of its own.
     fn equip(&self, command: &mut Command) {
         command
+            // It would go before the configuration, and lead to a host of whoever runs the tests.
+            .env_remove("BOTHY_SOCKET")
             .env("BOTHY_CONFIG", self.config.state_dir.join("bothy.toml"))
             .env("XDG_DATA_HOME", self.dir.path().join("home/data"))
             .env("XDG_STATE_HOME", self.dir.path().join("home/state"))

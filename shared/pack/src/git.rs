@@ -10,7 +10,7 @@ use std::{
 };
 
 /// Most of git's error text that is kept, in bytes.
-const STDERR_MAX: u64 = 4096;
+pub(crate) const STDERR_MAX: u64 = 4096;
 
 /// A `git` command in `dir`. The user's own clean filters still run where git needs them: they are the user's.
 pub(crate) fn command<I, S>(dir: &Path, args: I) -> Command

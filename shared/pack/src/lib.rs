@@ -15,6 +15,7 @@ mod lines;
 mod meta;
 mod names;
 mod pack;
+mod packing;
 mod patch;
 mod repository;
 mod standing;
@@ -30,16 +31,14 @@ pub use repository::Repository;
 pub use standing::Standing;
 pub use tracked::{Places, SyncPack, Tracked};
 
-/// Names of the entries of a pack. `META` is first; the others follow in this order.
+/// Names of the entries of a pack. `META` is first; the others follow in the order of `docs/workspaces.md`.
 pub mod entry {
     /// What the pack is: [`crate::Meta`] as JSON.
     pub const META: &str = "meta.json";
     /// The boundary of a shallow clone, as git's own `shallow` file has it; there only for shallow clones.
     pub const SHALLOW: &str = "shallow";
-    /// The history as a pack of git's.
-    pub const HISTORY: &str = "history.pack";
-    /// The index of that pack.
-    pub const INDEX: &str = "history.idx";
+    /// The directory of the history: packs of git's under git's names for them, each with its index behind it.
+    pub const HISTORY: &str = "history";
     /// Commands for `git update-ref --stdin`, where other refs than HEAD go.
     pub const REFS: &str = "refs";
     /// From HEAD to the index: what was staged.

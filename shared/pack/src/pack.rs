@@ -131,19 +131,13 @@ impl Repository {
             return Ok(summary);
         }
 
-        // All that can fail without having written anything comes first.
-        let history = self.history(&summary.head, options.mode)?;
-        if self.head()? != checked_out {
-            let moved =
-                Error::new(Code::FailedPrecondition, "the repository's HEAD moved while it was packed");
-            return Err(Error { retryable: true, ..moved }.hint("run it again"));
-        }
+        // Git packs meanwhile.
+        let mut history = self.history(&summary.head, options.mode)?;
         let (staged, mut tracked) = if as_it_is {
             (self.diff(&["--cached", &summary.head])?, self.diff(&[&summary.head])?)
         } else {
             (self.diff(&[&summary.head, &summary.head])?, self.diff(&[&summary.head, &summary.head])?)
         };
-        summary.history_bytes = history.pack.1;
         summary.commits = history.commits;
         summary.changed = patch::count_files(BufReader::new(&mut tracked.0))?;
         if options.list && as_it_is {
@@ -165,8 +159,16 @@ impl Repository {
         if !history.refs.is_empty() {
             tar.put(entry::REFS, history.refs.len() as u64, history.refs.as_slice())?;
         }
-        tar.put(entry::HISTORY, history.pack.1, &history.pack.0)?;
-        tar.put(entry::INDEX, history.index.1, &history.index.0)?;
+        while let Some(part) = history.packs.next()? {
+            summary.history_bytes += part.pack.1;
+            tar.put(&format!("{}/{}.pack", entry::HISTORY, part.name), part.pack.1, part.pack.0)?;
+            tar.put(&format!("{}/{}.idx", entry::HISTORY, part.name), part.index.1, part.index.0)?;
+        }
+        if self.head()? != checked_out {
+            let moved =
+                Error::new(Code::FailedPrecondition, "the repository's HEAD moved while it was packed");
+            return Err(Error { retryable: true, ..moved }.hint("run it again"));
+        }
         tar.put(entry::STAGED, staged.1, staged.0)?;
         tar.put(entry::TRACKED, tracked.1, tracked.0)?;
         self.untracked(options, &mut tar, &mut summary)?;

@@ -1,7 +1,7 @@
 //! The tracked files as they are now, as a tree, and what of it another repository has not yet. Nothing is written to the
 //! user's repository: index and objects that this takes are made elsewhere.
 
-use crate::{Mode, Repository, bundle::object, entries::Entries, entry, git, history::opened};
+use crate::{Mode, Repository, bundle::object, entries::Entries, entry, git, packing::Part};
 use bothy_contract::{Code, Error};
 use std::{
     collections::BTreeSet,
@@ -38,7 +38,7 @@ pub struct Places {
 #[derive(Debug)]
 pub struct SyncPack {
     meta: Vec<u8>,
-    pack: (fs_err::File, u64),
+    part: Part,
 }
 
 impl SyncPack {
@@ -49,7 +49,8 @@ impl SyncPack {
     pub fn write(&self, out: impl Write) -> Result<u64, Error> {
         let mut tar = Entries::new(out);
         tar.put(entry::META, self.meta.len() as u64, self.meta.as_slice())?;
-        tar.put(entry::HISTORY, self.pack.1, &self.pack.0)?;
+        let Part { name, pack, .. } = &self.part;
+        tar.put(&format!("{}/{name}.pack", entry::HISTORY), pack.1, &pack.0)?;
         tar.put(entry::END, 0, std::io::empty())?;
         tar.finish()
     }
@@ -153,7 +154,8 @@ impl Repository {
         let meta = serde_json::to_vec_pretty(&meta)
             .map_err(|e| Error::internal("cannot write the meta data", &e))?;
         let wanted = format!("{}\n^{base}^{{tree}}\n", now.tree);
-        let made = self.pack_objects(now.scratch.path(), &wanted)?;
-        Ok(Some(SyncPack { meta, pack: opened(&made, "pack")? }))
+        let mut packing = self.start_packing(now.scratch.path(), &wanted, None)?;
+        let part = packing.next()?.ok_or_else(|| Error::new(Code::Internal, "git made no pack"))?;
+        Ok(Some(SyncPack { meta, part }))
     }
 }

@@ -146,12 +146,12 @@ fn a_pack_holds_history_staged_and_other_changes_and_leaves_the_repository_alone
     let now = everything(&dir);
     assert!(now == before, "the repository was touched");
 
-    let names: Vec<_> = entries(&pack).into_iter().map(|(name, _)| name).collect();
-    assert_eq!(
-        names,
-        [entry::META, entry::HISTORY, entry::INDEX, entry::STAGED, entry::TRACKED, entry::END]
-            .map(|n| n.as_bytes().to_vec())
-    );
+    let names: Vec<_> =
+        entries(&pack).into_iter().map(|(name, _)| String::from_utf8(name).unwrap()).collect();
+    let history: Vec<_> = names.iter().filter(|name| name.starts_with("history/pack-")).collect();
+    assert_eq!(history.len(), 2);
+    assert_eq!(names, [entry::META, history[0], history[1], entry::STAGED, entry::TRACKED, entry::END]);
+    assert_eq!(history[0].strip_suffix(".pack").unwrap(), history[1].strip_suffix(".idx").unwrap());
     let meta = Meta::read(pack.as_slice()).unwrap();
     assert_eq!((meta.name.as_str(), meta.branch.as_deref()), ("my repo", Some("main")));
     assert_eq!(meta.head, text(&dir, &["rev-parse", "HEAD"]));
@@ -171,17 +171,54 @@ fn a_pack_holds_history_staged_and_other_changes_and_leaves_the_repository_alone
     assert_eq!(of(&full, "untracked/sub/un\ntracked").unwrap(), b"u");
     assert!(of(&full, "untracked/x.ignored").is_none());
 
-    // A pack and its index are all that a new repository needs.
-    let clone = tmp.path().join("clone");
-    fs_err::create_dir(&clone).unwrap();
-    git(&clone, &["init", "-q"]);
-    fs_err::create_dir_all(clone.join(".git/objects/pack")).unwrap();
-    for (name, suffix) in [(entry::HISTORY, "pack"), (entry::INDEX, "idx")] {
-        fs_err::write(clone.join(format!(".git/objects/pack/pack-x.{suffix}")), of(&pack, name).unwrap())
-            .unwrap();
+    whole(&pack, &summary.head);
+}
+
+/// The history of `pack` is all that a new repository needs; gives how many packs it is.
+fn whole(pack: &[u8], head: &str) -> usize {
+    let tmp = tempfile::tempdir().unwrap();
+    let packs = tmp.path().join(".git/objects/pack");
+    git(tmp.path(), &["init", "-q"]);
+    fs_err::create_dir_all(&packs).unwrap();
+    let history = entries(pack).into_iter().filter_map(|(name, content)| {
+        Some((String::from_utf8(name).ok()?.strip_prefix("history/")?.to_owned(), content))
+    });
+    let mut number = 0;
+    for (name, content) in history {
+        fs_err::write(packs.join(&name), content).unwrap();
+        if name.ends_with(".idx") {
+            git(tmp.path(), &["verify-pack", packs.join(&name).to_str().unwrap()]);
+            number += 1;
+        }
     }
-    git(&clone, &["verify-pack", ".git/objects/pack/pack-x.idx"]);
-    git(&clone, &["rev-list", "--objects", &summary.head]);
+    git(tmp.path(), &["update-ref", "HEAD", head]);
+    git(tmp.path(), &["fsck", "--full", "--strict"]);
+    git(tmp.path(), &["rev-list", "--objects", head]);
+    number
+}
+
+#[test]
+fn a_large_history_goes_in_several_packs() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path().join("r");
+    repository(&dir);
+    // Of such that cannot be compressed: 24 MiB, in packs of 8.
+    let mut state = 1_u64;
+    for n in 0..12 {
+        let content: Vec<u8> = std::iter::repeat_with(|| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 56) as u8
+        })
+        .take(2 << 20)
+        .collect();
+        fs_err::write(dir.join(format!("big{n}")), content).unwrap();
+    }
+    git(&dir, &["add", "."]);
+    git(&dir, &["commit", "-q", "-m", "large"]);
+    let mut pack = Vec::new();
+    let summary = Repository::open(&dir).unwrap().pack(&PackOptions::default(), &mut pack).unwrap();
+    assert!(whole(&pack, &summary.head) >= 3);
+    assert!(summary.history_bytes > 24 << 20);
 }
 
 #[test]
@@ -234,7 +271,7 @@ fn how_much_goes_and_what_is_listed_is_the_users_to_say() {
     let copy = PackOptions { mode: Mode::Copy, list: true, ..PackOptions::default() };
     let (copied, summary) = pack(&copy).unwrap();
     assert_eq!(of(&copied, "files/a").unwrap(), b"changed\n");
-    assert_eq!((summary.files.len(), of(&copied, "files/new"), of(&copied, entry::HISTORY)), (3, None, None));
+    assert_eq!((summary.files.len(), of(&copied, "files/new"), of(&copied, entry::STAGED)), (3, None, None));
 
     let branch =
         PackOptions { branch: Some("only-there".into()), from: Some("v1".into()), ..PackOptions::default() };

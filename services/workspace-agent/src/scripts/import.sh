@@ -42,11 +42,10 @@ export GIT_COMMITTER_NAME=bothy GIT_COMMITTER_EMAIL=bothy@localhost GIT_COMMITTE
 git init -q --template= --object-format="$format" "$work/repo"
 cd "$work/repo"
 mkdir -p .git/info .git/hooks
-# With an index made by the host: to index a pack is to read all of it, and slow where the processor is emulated.
+# With indexes made by the host: to index a pack is to read all of it, and slow where the processor is emulated.
 mkdir -p .git/objects/pack
-chmod 444 "$pack/history.pack" "$pack/history.idx"
-mv -- "$pack/history.pack" ".git/objects/pack/pack-$head.pack"
-mv -- "$pack/history.idx" ".git/objects/pack/pack-$head.idx"
+chmod 444 "$pack/history/"*
+mv -- "$pack/history/"* .git/objects/pack/
 if [ -f "$pack/shallow" ]; then
     # The boundary of other branches is not here, and must not be named.
     g cat-file --batch-check='%(objectname) %(objecttype)' <"$pack/shallow" | sed -n 's/ commit$//p' >.git/shallow

@@ -49,7 +49,7 @@ settle() {
     with "$2" g update-index -z --replace --index-info <"$work/settled"
 }
 
-own unpack-objects -q <"$pack/history.pack"
+for file in "$pack/history/"*.pack; do own unpack-objects -q <"$file"; done
 snapshot "$import"
 # A new file of theirs may be one that is ignored here: then it is a change of ours, too.
 g diff-tree -r -z --no-renames --name-only --diff-filter=A "$tracked" "$theirs_tracked" >"$work/added"

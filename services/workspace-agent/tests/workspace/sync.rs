@@ -305,7 +305,7 @@ async fn a_guest_that_names_another_commit_gets_nothing_of_the_history() {
         repository.sync(&now, &base, None).unwrap().unwrap().write(&mut pack).unwrap();
         let mut tar = tar::Archive::new(pack.as_slice());
         let mut entry = tar.entries().unwrap().nth(1).unwrap().unwrap();
-        assert_eq!(entry.path().unwrap(), Path::new("history.pack"));
+        assert!(entry.path().unwrap().starts_with("history"));
         let other = sides.tmp.path().join(&base);
         git(sides.tmp.path(), &["init", "-q", other.to_str().unwrap()]);
         let mut bytes = Vec::new();
