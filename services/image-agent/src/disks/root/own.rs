@@ -88,7 +88,7 @@ fn reflinked(place: &Place, image: &Image, mib: u64) -> Result<(), Error> {
                 fs_err::File::options().read(true).write(true).create_new(true).open(half).map_err(of)?;
             share(from.file(), to.file())?;
             to.set_len(mib * super::MIB).map_err(of)?;
-            make_writable(half)
+            make_writable(half, image)
         })?;
         share(ready.file(), temp.as_file())
     })
@@ -102,7 +102,7 @@ fn copied(place: &Place, image: &Image, mib: u64) -> Result<(), Error> {
     make_file(&place.home.join(ROOT), place.uid, |temp| {
         clone::copy_data(from.file(), temp.as_file(), length).map_err(of)?;
         temp.as_file().set_len(mib * super::MIB).map_err(of)?;
-        make_writable(temp.path())
+        make_writable(temp.path(), image)
     })
 }
 
@@ -110,13 +110,24 @@ fn failed(place: &Place, err: &io::Error) -> Error {
     fault::io(format!("cannot make the root disk of VM {}", place.vm), err)
 }
 
-/// Gives the file system at `path`, which nobody but this agent has written to, the size of its file or device, and a journal. Runs
+/// Gives the root of `image` at `path`, which nobody but this agent has written to, the size of its file or device, and a journal. Runs
 /// where blocking is allowed, with a runtime beside.
-pub(super) fn make_writable(path: &Path) -> Result<(), Error> {
+pub(super) fn make_writable(path: &Path, image: &Image) -> Result<(), Error> {
     let journal = !ext4::has_journal(path)?;
     let with = Stage { cancel: CancellationToken::new(), progress: Arc::new(|_, _, _| ()) };
-    Handle::current().block_on(async {
+    let ready = Handle::current().block_on(async {
         pack::grow(&with, path).await?;
         if journal { pack::add_journal(&with, path).await } else { Ok(()) }
+    });
+    ready.map_err(|e| {
+        let name = &image.manifest.name;
+        let said = e.hint.is_some();
+        let e = e.context(format!("the root file system of image {name} could not be grown for a VM"));
+        if said {
+            return e;
+        }
+        e.hint(format!(
+            "`bothy image verify {name}` says whether it is what it was; if so, bring the image in again, or choose another one"
+        ))
     })
 }

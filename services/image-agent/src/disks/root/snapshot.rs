@@ -83,7 +83,7 @@ impl Backend for Snapshot {
             let node = place.home.join(NODE);
             let number = names.number(&mapper).map_err(of)?;
             number.make_node(&node, 0).map_err(of)?;
-            super::own::make_writable(&node)
+            super::own::make_writable(&node, image)
         });
         if made.is_err() {
             // The first failure is the one to tell.

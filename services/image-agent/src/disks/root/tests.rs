@@ -282,7 +282,11 @@ fn a_broken_rootfs_is_said_and_leaves_nothing() {
         fs_err::write(h.store.dir_of(&h.image).join("rootfs.ext4"), vec![9; MIB as usize]).unwrap();
         replant(&h.store, &h.image);
         let err = h.disks.rootfs(&h.store, VmId::new(), &h.image, UID, 64).unwrap_err();
-        assert!(err.message.contains("resize2fs"), "{err}");
+        assert!(
+            err.message.contains("of image a could not be grown") && err.message.contains("resize2fs"),
+            "{err}"
+        );
+        assert!(err.hint.unwrap().contains("image verify a"));
         assert_eq!(h.disks.list().unwrap(), []);
     });
 }
