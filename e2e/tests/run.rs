@@ -151,6 +151,25 @@ fn workspace_prepare_and_export_work_on_a_vm_that_stays() {
     host.bothy(["workspace", "prepare", "stay", here]).ok();
     host.sh("stay", "cd /root/repo && touch x").ok();
 
+    // What the repository pins is installed by what the machine has, if it reaches anything.
+    fs_err::write(dir.join("mise.toml"), "[tools]\nnode = '22'\n").unwrap();
+    repo::git(&dir, &["add", "mise.toml"]);
+    let bootstrap = ["workspace", "prepare", "stay", here, "--force", "--bootstrap"];
+    let refused = host.bothy(bootstrap);
+    assert!(refused.status == 125 && refused.stderr.contains("bothy vm egress stay open"), "{refused:?}");
+    host.sh("stay", "ls /root/repo/x").ok();
+    let mise = "printf '#!/bin/sh\\nsleep 1; echo \"$@\" >/root/asked\\n' >/usr/local/bin/mise && chmod +x /usr/local/bin/mise";
+    host.sh("stay", mise).ok();
+    host.bothy(["vm", "egress", "stay", "open"]).ok();
+    let hinted = host.bothy(["workspace", "prepare", "stay", here, "--force"]).ok();
+    assert!(hinted.stderr.contains("pinned: node 22 (mise.toml); `--bootstrap` installs that"), "{hinted:?}");
+    host.bothy(bootstrap).ok();
+    let installed = (0..100).any(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        host.bothy(["workspace", "status", "stay", here]).ok().stdout.contains("tools:  installed")
+    });
+    assert!(installed && host.sh("stay", "cat /root/asked").ok().stdout == "install -y node@22\n");
+
     // What changes here goes there; what both changed does not.
     host.sh("stay", "cd /root/repo && echo there > README").ok();
     fs_err::write(dir.join("README"), "here\n").unwrap();

@@ -399,3 +399,33 @@ fn only_the_beginning_of_a_pack_is_taken_for_one() {
         assert!(bad.check().is_err(), "{bad:?}");
     }
 }
+
+#[test]
+fn tools_are_pinned_by_tracked_files_at_the_top_the_first_of_which_counts() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path().join("r");
+    repository(&dir);
+    fs_err::create_dir(dir.join("sub")).unwrap();
+    let repo = Repository::open(&dir.join("sub")).unwrap();
+    assert_eq!(repo.pins().unwrap(), []);
+    fs_err::write(dir.join(".tool-versions"), "nodejs 22.1.0\nruby 3.4.1\n").unwrap();
+    fs_err::write(dir.join("package.json"), r#"{"engines":{"node":"20"},"packageManager":"pnpm@9.1.0"}"#)
+        .unwrap();
+    fs_err::write(dir.join("sub/go.mod"), "go 1.25\n").unwrap();
+    assert_eq!(repo.pins().unwrap(), [], "what is not tracked does not go");
+    git(&dir, &["add", "-A"]);
+    // A link may lead to what is no part of the repository.
+    fs_err::write(tmp.path().join("outside"), "3.13\n").unwrap();
+    std::os::unix::fs::symlink("../outside", dir.join(".python-version")).unwrap();
+    git(&dir, &["add", ".python-version"]);
+    let pins = repo.pins().unwrap();
+    let pins: Vec<_> = pins.iter().map(|pin| (pin.tool.as_str(), pin.version.as_str(), pin.file)).collect();
+    assert_eq!(
+        pins,
+        [
+            ("node", "22.1.0", ".tool-versions"),
+            ("ruby", "3.4.1", ".tool-versions"),
+            ("pnpm", "9.1.0", "package.json")
+        ]
+    );
+}

@@ -32,6 +32,8 @@ const QUEUE: usize = 4;
 const CONTROLS: usize = 16;
 /// How many signals that ask to end, with no word from the guest, end the wait for it.
 const PATIENCE: u32 = 3;
+/// The most that is kept of what a captured command says, in bytes.
+const CAPTURED: usize = 16 << 10;
 /// How long a guest may take to take a command; an emulated one under load is slow.
 const OPEN: Duration = Duration::from_secs(60);
 
@@ -97,6 +99,55 @@ fn lost(vm: &str, status: &tonic::Status) -> Error {
     error.hint(format!(
         "a command that was begun may still run; `bothy vm show {vm}` and `bothy vm logs {vm}` may say why"
     ))
+}
+
+/// Runs a short command of bothy's own in `vm`; gives its exit status and the beginning of what it said.
+///
+/// # Errors
+/// It could not be run, or was not done within a minute.
+pub(crate) async fn capture(
+    gateway: &Gateway,
+    vm: &VmRecord,
+    command: &Command,
+) -> Result<(u8, String), Error> {
+    let run = async {
+        let mut client = connect(gateway, &vm.id.to_string(), vm.name.as_str()).await?;
+        let vm = vm.name.as_str();
+        let start = ExecStart {
+            argv: command.argv.clone(),
+            env: command.env.iter().cloned().collect(),
+            workdir: command.workdir.clone(),
+            user: command.user.clone(),
+            ..ExecStart::default()
+        };
+        let input = [message(Input::Start(start)), message(Input::StdinEof(true))];
+        let opened = client.exec(futures::stream::iter(input)).await;
+        let mut output = opened.map_err(|s| lost(vm, &s))?.into_inner();
+        let mut said = Vec::new();
+        loop {
+            let next = output.message().await.map_err(|s| lost(vm, &s))?;
+            match next.and_then(|next| next.output) {
+                Some(Output::Stdout(data) | Output::Stderr(data)) => {
+                    let room = CAPTURED.saturating_sub(said.len());
+                    said.extend(data.into_iter().take(room));
+                }
+                Some(Output::Exited(end)) => {
+                    let status = u8::try_from(end.status & 0xff).unwrap_or(u8::MAX);
+                    return Ok((status, String::from_utf8_lossy(&said).into_owned()));
+                }
+                Some(Output::Failed(failed)) => {
+                    let what = format!("cannot run {:?} in {vm}: {}", command.argv.first(), failed.message);
+                    return Err(Error::new(Code::FailedPrecondition, what));
+                }
+                Some(Output::Started(_)) => {}
+                None => return Err(lost(vm, &tonic::Status::unavailable("it gave no exit status"))),
+            }
+        }
+    };
+    tokio::time::timeout(OPEN, run).await.unwrap_or_else(|_| {
+        let message = format!("the guest of {} was not done within {} s", vm.name, OPEN.as_secs());
+        Err(Error::new(Code::DeadlineExceeded, message))
+    })
 }
 
 /// Runs `command` in `vm` to its end, on this process' stdin, stdout and stderr. Returns its exit status, or what shells

@@ -4,6 +4,7 @@
 //! Exit status: the command's own for `run` and `vm exec` (126 and 127 as shells do), 125 when bothy itself failed or does
 //! not understand what was typed, 130 when the user cancelled.
 
+mod bootstrap;
 mod catalogue;
 mod cli;
 mod dirs;

@@ -4,9 +4,10 @@
 //! work could not be brought back is kept, also with `--rm`, and it is said how to get at it.
 
 use crate::{
-    Context, Status, cli, exec, interrupt::Interrupts, printer::visible, ssh_agent, terminal, vm, workspace,
+    Context, Status, bootstrap, cli, exec, interrupt::Interrupts, printer::visible, ssh_agent, terminal, vm,
+    workspace,
 };
-use bothy_contract::{Code, Error, vm::VmRecord};
+use bothy_contract::{Code, Error, net::Egress, vm::VmRecord};
 use bothy_pack::Repository;
 use std::path::{Path, PathBuf};
 
@@ -19,6 +20,10 @@ pub(crate) async fn main(context: &Context, args: cli::Run) -> Result<Status, Er
     if args.ssh_agent {
         ssh_agent::check()?;
     }
+    if args.parts.bootstrap {
+        let egress = args.shape.network.egress()?.unwrap_or(Egress::None);
+        bootstrap::check(&egress, "add `--nat`, or `--allow NAME` for each that they come from")?;
+    }
     let repository = Repository::open(&args.path)?;
     let root = repository.root().to_owned();
     if let Some(patch) = &args.patch {
@@ -27,6 +32,7 @@ pub(crate) async fn main(context: &Context, args: cli::Run) -> Result<Status, Er
         // That the default directory can be made and written to, before a VM is made.
         workspace::directory(&workspace::default_patch(&root, "vm")?)?;
     }
+    let pins = bootstrap::pins(context, &repository);
     let (vm, _) = vm::create(context, &args.shape, args.rm).await?;
     let id = vm.id.to_string();
     // The create has caught Ctrl-C, so it would not end this by itself.
@@ -53,6 +59,13 @@ pub(crate) async fn main(context: &Context, args: cli::Run) -> Result<Status, Er
             }
             return Err(e);
         }
+    }
+    if let Err(e) = bootstrap::after_import(context, &vm, &args.guest_path, &pins, args.parts.bootstrap).await
+    {
+        if args.rm {
+            vm::delete_after(context, &vm).await;
+        }
+        return Err(e.context("the command did not run"));
     }
     let shell = args.command.is_empty();
     let mut command = exec::Command {

@@ -10,7 +10,7 @@ mod watch;
 pub(crate) use export::{Wanted, default_patch, directory, fetch, nothing_changed, quoted};
 
 use crate::{
-    Context, Status, cli,
+    Context, Status, bootstrap, cli,
     http::Body,
     printer::{size, table, visible},
     vm,
@@ -51,8 +51,14 @@ async fn prepare(context: &Context, args: cli::Prepare) -> Result<(), Error> {
         return plan(context, &repository, &args.parts);
     }
     let vm = vm::show(context, &args.vm).await?;
+    if args.parts.bootstrap {
+        let mend = format!("`bothy vm egress {0} open`, or `bothy vm egress {0} allow NAME...`", vm.name);
+        bootstrap::check(&vm.egress, &mend)?;
+    }
+    let pins = bootstrap::pins(context, &repository);
     let report =
         import(context, &vm.id.to_string(), repository, &args.guest_path, &args.parts, args.force).await?;
+    bootstrap::after_import(context, &vm, &args.guest_path, &pins, args.parts.bootstrap).await?;
     context.printer.record(&report, |report| {
         let what =
             if args.parts.mode == cli::How::Copy { "a copy of the files".into() } else { head(report) };

@@ -68,6 +68,9 @@ pub(crate) struct Parts {
     /// Let nobody in the machine write to it, until the machine starts again
     #[arg(long)]
     pub(crate) readonly: bool,
+    /// Install the tools that it pins, in the background; the machine must reach the outside
+    #[arg(long)]
+    pub(crate) bootstrap: bool,
 }
 
 impl Parts {

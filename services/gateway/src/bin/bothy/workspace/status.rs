@@ -1,7 +1,7 @@
 //! How a repository in a machine stands, and whether the one here has moved on since.
 
 use super::export::{Wanted, fetch};
-use crate::{Context, Status, printer::visible, vm};
+use crate::{Context, Status, bootstrap, printer::visible, vm};
 use bothy_contract::{
     Error,
     workspace::{ExportFormat, ExportReport},
@@ -24,19 +24,22 @@ pub(crate) async fn main(
         Ok(repository) => Ok(repository.standing(&report.guest.base, report.guest.tracked.as_deref())?),
         Err(e) => Err(e),
     };
+    let tools = bootstrap::standing(context, &vm).await;
     let value = serde_json::json!({
         "vm": vm.name,
         "guest_path": guest_path,
         "commits": report.commits,
         "guest": report.guest,
         "host": host.as_ref().ok(),
+        "bootstrap": tools,
     });
     context.printer.record(&value, |_| {
         let here = match &host {
             Ok(standing) => here(standing, path),
             Err(e) => format!("here:   {} (name the repository that it came from)", e.message),
         };
-        visible(&format!("{}\n{here}", guest(&report, vm.name.as_str(), guest_path)))
+        let tools = tools.as_deref().map(|tools| format!("\n{}", bootstrap::told(tools))).unwrap_or_default();
+        visible(&format!("{}\n{here}{tools}", guest(&report, vm.name.as_str(), guest_path)))
     })?;
     Ok(Status::SUCCESS)
 }
