@@ -366,8 +366,9 @@ impl Inner {
         self.zone.set(held.slot, None);
         self.apply_groups(vm, &held, &Membership::default()).await?;
         self.apply_egress(vm, &held, &Egress::None).await?;
-        self.devices.remove(held.slot).await?;
-        self.devices.firewall.forget_counts(held.slot).await?;
+        // The kernel takes its time over either, and neither needs the other.
+        let counts = self.devices.firewall.forget_counts(held.slot);
+        tokio::try_join!(self.devices.remove(held.slot), counts)?;
         self.leases.delete(vm).await?;
         self.vms().remove(&vm);
         self.denials().forget(held.slot);
