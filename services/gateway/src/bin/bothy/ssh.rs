@@ -72,11 +72,19 @@ fn public_key(path: &Path) -> Option<String> {
     (known && !line.chars().any(char::is_control)).then(|| line.to_owned())
 }
 
+/// What the user has set for all of their repositories. Not what the one here says, if this runs in one: that goes with the
+/// repository, and holds for its checkout alone.
 fn git_config(name: &str) -> Option<String> {
-    let out = Command::new("git").args(["config", "--get", name]).stdin(Stdio::null()).output().ok()?;
+    let mut git = Command::new("git");
+    let out = outside(&mut git).args(["config", "--get", name]).stdin(Stdio::null()).output().ok()?;
     let value = String::from_utf8(out.stdout).ok()?;
     let value = value.trim();
     (out.status.success() && !value.is_empty()).then(|| value.to_owned())
+}
+
+/// Has git look into no repository.
+fn outside(git: &mut Command) -> &mut Command {
+    git.current_dir("/").env_remove("GIT_DIR").env("GIT_CEILING_DIRECTORIES", "/")
 }
 
 /// The user's public identity. What is missing is left out; a machine is of use without ssh, too.
@@ -199,6 +207,26 @@ pub(crate) fn forget(vm: VmId) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_repositorys_own_identity_is_not_the_users() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = |git: &mut Command| {
+            let out = git.args(["config", "--get", "user.name"]).output().unwrap();
+            String::from_utf8(out.stdout).unwrap().trim().to_owned()
+        };
+        let git = || {
+            let mut git = Command::new("git");
+            git.current_dir(dir.path()).env("GIT_CONFIG_GLOBAL", dir.path().join("global"));
+            git
+        };
+        fs::write(dir.path().join("global"), "[user]\n\tname = For All\n").unwrap();
+        assert!(git().args(["init", "-q"]).status().unwrap().success());
+        assert!(git().args(["config", "user.name", "For This"]).status().unwrap().success());
+        assert_eq!(own(&mut git()), "For This");
+        assert_eq!(own(outside(&mut git())), "For All");
+        assert_eq!(own(outside(git().env("GIT_DIR", dir.path().join(".git")))), "For All");
+    }
 
     fn split(args: &str) -> usize {
         options(&args.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
