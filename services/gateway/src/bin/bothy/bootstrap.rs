@@ -194,12 +194,20 @@ mod tests {
         assert!(run(&home, &bin, &start).status.success());
         until(&home, &bin, "running");
         let status = fs_err::read_to_string(home.join(".cache/bothy/bootstrap.status")).unwrap();
-        let pid = status.trim().strip_prefix("running ").unwrap().parse().unwrap();
+        let pid = status.strip_prefix("running ").unwrap().split(' ').next().unwrap().parse().unwrap();
         nix::sys::signal::killpg(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
         until(&home, &bin, "broken");
+        // Nor does one of another boot, whoever has its process id by now.
+        let other = format!("running {} another-boot\n", std::process::id());
+        fs_err::write(home.join(".cache/bothy/bootstrap.status"), other).unwrap();
+        until(&home, &bin, "broken");
         installer(&bin, "rustup", "");
-        assert!(run(&home, &bin, &["start", "/", "rust", "1.95"]).status.success());
+        installer(&bin, "go", "echo $GOTOOLCHAIN \"$@\"");
+        let start = ["start", "/", "rust", "1.95", "go", "1.25", "go", "1.25.3"];
+        assert!(run(&home, &bin, &start).status.success());
         until(&home, &bin, "done");
+        let said = fs_err::read_to_string(home.join(".cache/bothy/bootstrap.log")).unwrap();
+        assert!(said.ends_with("== go 1.25\ngo1.25.0 version\n== go 1.25.3\ngo1.25.3 version\n"), "{said}");
     }
 
     #[test]

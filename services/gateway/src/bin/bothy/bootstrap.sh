@@ -7,12 +7,14 @@ umask 077
 : "${HOME:=/root}"
 state=$HOME/.cache/bothy
 has() { command -v "$1" >/dev/null 2>&1; }
+boot=$(cat /proc/sys/kernel/random/boot_id)
 note() { printf '%s\n' "$*" >"$state/bootstrap.new" && mv "$state/bootstrap.new" "$state/bootstrap.status"; }
 standing() {
     [ -f "$state/bootstrap.status" ] || return 0
     read -r word rest <"$state/bootstrap.status"
     case $word in
-    running) if kill -0 "$rest" 2>/dev/null; then echo running; else echo broken; fi ;;
+    # By the boot, too: a process id means nothing in another.
+    running) if [ "${rest#* }" = "$boot" ] && kill -0 "${rest%% *}" 2>/dev/null; then echo running; else echo broken; fi ;;
     *) echo "$word $rest" ;;
     esac
 }
@@ -20,7 +22,11 @@ standing() {
 install() {
     case $1 in
     rust) if has rustup; then rustup toolchain install "$2"; return; fi ;;
-    go) if has go; then GOTOOLCHAIN="go$2" go version; return; fi ;;
+    go)
+        # A toolchain has three numbers, the language two.
+        case $2 in *.*.*) set -- go "$2" ;; *) set -- go "$2.0" ;; esac
+        if has go; then GOTOOLCHAIN="go$2" go version; return; fi
+        ;;
     npm) if has npm; then npm install -g "npm@$2"; return; fi ;;
     pnpm | yarn)
         if has corepack; then corepack install -g "$1@$2"; return; fi
@@ -48,11 +54,16 @@ start)
     shift
     note starting
     setsid sh -c "$BOTHY_BOOTSTRAP" bothy-bootstrap work "$@" </dev/null >>"$state/bootstrap.log" 2>&1 &
-    note running "$!"
+    note running "$! $boot"
     ;;
 work)
-    # Not before it is written down who this is.
-    until [ "$(standing)" = running ]; do sleep 0.1 || sleep 1; done
+    # Not before it is written down who this is; and not at all, if whoever should have done that is gone.
+    tries=0
+    until [ "$(standing)" = running ]; do
+        [ "$tries" -lt 100 ] || exit 1
+        tries=$((tries + 1))
+        sleep 0.1 || sleep 1
+    done
     cd "$2" || exit 1
     shift 2
     failed=
