@@ -21,7 +21,7 @@ pub(crate) struct History<'a> {
 
 impl Repository {
     /// Begins to pack the history of `head`, and in [`Mode::Full`] that of all branches, tags and remote branches.
-    pub(crate) fn history(&self, head: &str, mode: Mode) -> Result<History<'_>, Error> {
+    pub(crate) fn history(&self, head: &str, mode: Mode, part: u64) -> Result<History<'_>, Error> {
         let (boundary, refs) = match mode {
             Mode::Full => (Vec::new(), self.other_refs()?),
             _ => (self.boundary(head)?, Vec::new()),
@@ -39,7 +39,7 @@ impl Repository {
             }
         }
         let dir = tempfile::tempdir().map_err(git::no_space)?;
-        let packs = self.start_packing(dir.path(), &revisions, Some(self.part_size()?))?;
+        let packs = self.start_packing(dir.path(), &revisions, Some(part))?;
         let commits = match mode {
             Mode::Full => self.count(head, None)?,
             _ if boundary.is_empty() => self.count(head, None)?,

@@ -1,6 +1,6 @@
 //! Packing: a few runs of git, each into a private temporary file or a pipe, and one tar stream out.
 
-use crate::{Mode, Repository, entries::Entries, entry, git, names, patch};
+use crate::{Mode, Repository, entries::Entries, entry, git, names, packing::PART, patch};
 use bothy_contract::{Code, Error};
 use std::{
     io::{BufRead, BufReader, Read, Seek, SeekFrom, Write},
@@ -46,6 +46,9 @@ pub struct PackOptions {
     pub from: Option<String>,
     /// Whether [`PackSummary::files`] is wanted.
     pub list: bool,
+    /// How large one of the packs of the history may be, in bytes: 512 MiB where nothing is said, and 1 MiB at least
+    /// (git-pack-objects(1), `--max-pack-size`).
+    pub part: Option<u64>,
 }
 
 /// A file that is more than a part of the history.
@@ -132,7 +135,7 @@ impl Repository {
         }
 
         // Git packs meanwhile.
-        let mut history = self.history(&summary.head, options.mode)?;
+        let mut history = self.history(&summary.head, options.mode, options.part.unwrap_or(PART))?;
         let (staged, mut tracked) = if as_it_is {
             (self.diff(&["--cached", &summary.head])?, self.diff(&[&summary.head])?)
         } else {

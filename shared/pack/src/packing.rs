@@ -1,4 +1,4 @@
-//! `git pack-objects` at work: the objects come in several packs, each of which goes on its way while git still makes the next.
+//! `git pack-objects` at work: many objects come in several packs, each of which goes on its way while git still makes the next.
 //! The packs and their indexes are made here, so that a guest, whose processor may be emulated, need not index them again.
 
 use crate::{Repository, git};
@@ -25,10 +25,9 @@ const PACK_OBJECTS: [&str; 9] = [
     "--window=0",
 ];
 
-/// How many packs a repository becomes, about: with more, less of git's work is waited for, and the guest's git looks into more.
-const PARTS: u64 = 12;
-/// The least that is worth a pack of its own, in bytes.
-const SMALLEST: u64 = 8 << 20;
+/// How large a pack may be, in bytes, where nothing else is said. Most repositories are one: every git in the guest looks into all
+/// packs, and what is packed here already git copies in a moment.
+pub(crate) const PART: u64 = 512 << 20;
 /// How often to look for the next pack.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -76,17 +75,6 @@ impl Repository {
             }
             _ => Ok(packing),
         }
-    }
-
-    /// How large the packs of the whole repository are to be, in bytes.
-    pub(crate) fn part_size(&self) -> Result<u64, Error> {
-        // `size: 24812` and `size-pack: 0`, both in KiB (git-count-objects(1)).
-        let counted = git::answer(self.root(), &["count-objects", "-v"])?;
-        let counted = String::from_utf8_lossy(&counted).into_owned();
-        let fields = counted.lines().filter_map(|line| line.split_once(": "));
-        let sizes = fields.filter(|(name, _)| matches!(*name, "size" | "size-pack"));
-        let kib: u64 = sizes.filter_map(|(_, value)| value.trim().parse::<u64>().ok()).sum();
-        Ok((kib * 1024 / PARTS).max(SMALLEST))
     }
 
     fn cannot_pack(&self, why: &str) -> Error {

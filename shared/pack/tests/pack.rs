@@ -216,7 +216,8 @@ fn a_large_history_goes_in_several_packs() {
     git(&dir, &["add", "."]);
     git(&dir, &["commit", "-q", "-m", "large"]);
     let mut pack = Vec::new();
-    let summary = Repository::open(&dir).unwrap().pack(&PackOptions::default(), &mut pack).unwrap();
+    let options = PackOptions { part: Some(8 << 20), ..PackOptions::default() };
+    let summary = Repository::open(&dir).unwrap().pack(&options, &mut pack).unwrap();
     assert!(whole(&pack, &summary.head) >= 3);
     assert!(summary.history_bytes > 24 << 20);
 }

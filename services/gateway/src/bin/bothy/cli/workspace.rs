@@ -87,6 +87,7 @@ impl Parts {
             branch: self.branch.clone(),
             from: self.from.clone(),
             list: false,
+            part: None,
         }
     }
 }
