@@ -13,7 +13,12 @@ use std::{
 
 /// A pack is read once, by a guest whose processor may be emulated: what git has compressed already, and found to differ little, goes
 /// as it is, and the rest in the quickest way. To look for more costs longer than to send it.
-const PACK_OBJECTS: [&str; 9] = [
+const PACK_OBJECTS: [&str; 13] = [
+    // What it copies it maps: no more of it at a time than it needs, whatever the size.
+    "-c",
+    "core.packedGitWindowSize=4m",
+    "-c",
+    "core.packedGitLimit=32m",
     "-c",
     "pack.packSizeLimit=0",
     "-c",
