@@ -35,7 +35,7 @@ const PATIENCE: u32 = 3;
 /// The most that is kept of what a captured command says, in bytes.
 const CAPTURED: usize = 16 << 10;
 /// How long a guest may take to take a command; an emulated one under load is slow.
-const OPEN: Duration = Duration::from_secs(60);
+const OPEN: Duration = Duration::from_secs(120);
 
 /// A command to run.
 #[derive(Debug, Clone, Default)]
@@ -104,7 +104,7 @@ fn lost(vm: &str, status: &tonic::Status) -> Error {
 /// Runs a short command of bothy's own in `vm`; gives its exit status and the beginning of what it said.
 ///
 /// # Errors
-/// It could not be run, or was not done within a minute.
+/// It could not be run, or was not done within two minutes.
 pub(crate) async fn capture(
     gateway: &Gateway,
     vm: &VmRecord,
