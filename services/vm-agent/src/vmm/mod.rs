@@ -174,6 +174,13 @@ pub trait Driver: Send + Sync + std::fmt::Debug {
     fn read_run_state(&self, answer: &serde_json::Value) -> Option<RunState>;
 }
 
+/// What `program` prints for `--version`.
+async fn version_text(program: &Path) -> std::io::Result<String> {
+    let mut command = tokio::process::Command::new(program);
+    let command = command.arg("--version").stdin(std::process::Stdio::null()).kill_on_drop(true);
+    Ok(String::from_utf8_lossy(&command.output().await?.stdout).into_owned())
+}
+
 /// The host's processor, as far as a guest that runs on it unhidden can tell it from another.
 fn host_cpu() -> String {
     let known = ["vendor_id", "cpu family", "model\t", "model name", "stepping", "microcode", "flags"];

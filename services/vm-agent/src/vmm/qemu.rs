@@ -39,17 +39,10 @@ impl QemuMicrovm {
     /// # Errors
     /// It cannot be run, or is too old.
     pub async fn find(program: &Path) -> Result<Self, Error> {
-        let output = tokio::process::Command::new(program)
-            .arg("--version")
-            .stdin(std::process::Stdio::null())
-            .kill_on_drop(true)
-            .output()
-            .await
-            .map_err(|e| {
-                Error::new(Code::FailedPrecondition, format!("cannot run {}: {e}", program.display()))
-                    .hint("install it with `apt-get install qemu-system-x86`, or set `vm.qemu` in bothy.toml")
-            })?;
-        let text = String::from_utf8_lossy(&output.stdout);
+        let text = super::version_text(program).await.map_err(|e| {
+            Error::new(Code::FailedPrecondition, format!("cannot run {}: {e}", program.display()))
+                .hint("install it with `apt-get install qemu-system-x86`, or set `vm.qemu` in bothy.toml")
+        })?;
         let version = parse_version(&text).ok_or_else(|| {
             Error::new(
                 Code::FailedPrecondition,

@@ -63,6 +63,17 @@ impl From<Exec> for Command {
 }
 
 impl Command {
+    /// What the guest is told of it, with no terminal.
+    fn start(&self) -> ExecStart {
+        ExecStart {
+            argv: self.argv.clone(),
+            env: self.env.iter().cloned().collect(),
+            workdir: self.workdir.clone(),
+            user: self.user.clone(),
+            ..ExecStart::default()
+        }
+    }
+
     /// The login shell of `user`, on a terminal where there is one.
     pub(crate) fn shell(user: String, workdir: Option<String>) -> Self {
         Self {
@@ -113,14 +124,7 @@ pub(crate) async fn capture(
     let run = async {
         let mut client = connect(gateway, &vm.id.to_string(), vm.name.as_str()).await?;
         let vm = vm.name.as_str();
-        let start = ExecStart {
-            argv: command.argv.clone(),
-            env: command.env.iter().cloned().collect(),
-            workdir: command.workdir.clone(),
-            user: command.user.clone(),
-            ..ExecStart::default()
-        };
-        let input = [message(Input::Start(start)), message(Input::StdinEof(true))];
+        let input = [message(Input::Start(command.start())), message(Input::StdinEof(true))];
         let opened = client.exec(futures::stream::iter(input)).await;
         let mut output = opened.map_err(|s| lost(vm, &s))?.into_inner();
         let mut said = Vec::new();
@@ -167,14 +171,11 @@ pub(crate) async fn exec(
     let mut client = connect(gateway, &vm.id.to_string(), vm.name.as_str()).await?;
     let vm = vm.name.as_str();
     let start = ExecStart {
-        argv: command.argv.clone(),
-        env: command.env.iter().cloned().collect(),
-        workdir: command.workdir.clone(),
-        user: command.user.clone(),
         image_defaults: true,
         tty: command.tty,
         window: if command.tty { window() } else { None },
         term: if command.tty { std::env::var("TERM").unwrap_or_default() } else { String::new() },
+        ..command.start()
     };
     // What controls the command never waits behind stdin, which a command that does not read holds up.
     let (control, controls) = mpsc::channel(CONTROLS);

@@ -117,20 +117,13 @@ impl Firecracker {
 
 /// Asks `program`, which calls itself `name`, for its version.
 async fn version_of(program: &Path, name: &str) -> Result<Version, Error> {
-    let output = tokio::process::Command::new(program)
-        .arg("--version")
-        .stdin(std::process::Stdio::null())
-        .kill_on_drop(true)
-        .output()
-        .await
-        .map_err(|e| {
-            let code = match e.kind() {
-                std::io::ErrorKind::NotFound => Code::NotFound,
-                _ => Code::FailedPrecondition,
-            };
-            Error::new(code, format!("cannot run {}: {e}", program.display()))
-        })?;
-    let said = String::from_utf8_lossy(&output.stdout);
+    let said = super::version_text(program).await.map_err(|e| {
+        let code = match e.kind() {
+            std::io::ErrorKind::NotFound => Code::NotFound,
+            _ => Code::FailedPrecondition,
+        };
+        Error::new(code, format!("cannot run {}: {e}", program.display()))
+    })?;
     Version::parse(name, &said).ok_or_else(|| {
         let program = program.display();
         Error::new(
