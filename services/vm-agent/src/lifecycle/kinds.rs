@@ -215,6 +215,7 @@ fn settled(vm: &mut Vm, op: &Op, end: &End) -> After {
 mod tests {
     use super::*;
     use crate::{
+        lifecycle::ask::Ask,
         phase::{Phase, Vmm},
         store::Facts,
     };
@@ -226,6 +227,10 @@ mod tests {
     use bothy_vm_agent::vmm::wire::{HolderHandle, Process};
 
     fn vm(state: VmState, alive: bool) -> Vm {
+        vm_of(state, alive, "x")
+    }
+
+    fn vm_of(state: VmState, alive: bool, vmm: &str) -> Vm {
         let process = Process { pid: 1, start_time: 1 };
         let lease: Lease = serde_json::from_value(serde_json::json!({
             "slot": 0, "tap": "t0", "uid": 780_000, "address": "10.77.0.2", "prefix": 24, "gateway": "10.77.0.1",
@@ -236,11 +241,23 @@ mod tests {
         phase.place(lease);
         if alive {
             let handle = HolderHandle { holder: process, vmm: process };
-            phase.launch(Vmm { handle, name: "x".into(), booted: Shape::default(), boot_id: None }).unwrap();
+            phase.launch(Vmm { handle, name: vmm.into(), booted: Shape::default(), boot_id: None }).unwrap();
         }
         let image = ImageName::default_image();
         let facts = Facts::new(VmId::new(), "a".parse().unwrap(), 1000, image, Shape::default());
         Vm { facts: Facts { state, ..facts }, phase }
+    }
+
+    #[test]
+    fn a_vm_whose_vmm_saves_no_guest_is_not_suspended_and_stays_as_it_is() {
+        let mut jailed = vm_of(VmState::Running, true, "firecracker 1.16.1 jailed (kvm)");
+        let e = Ask::Suspend.grant(&mut jailed, OpId::new()).unwrap_err();
+        assert!(e.message.contains("firecracker 1.16.1 jailed (kvm) cannot save a guest"), "{e}");
+        assert!(e.hint.as_deref().unwrap().contains("vm pause"), "{e}");
+        assert!(jailed.facts.state == VmState::Running && jailed.facts.busy.is_none());
+        Ask::Pause.grant(&mut jailed, OpId::new()).unwrap();
+        let mut other = vm_of(VmState::Running, true, "qemu-microvm 10.0.2 (tcg)");
+        Ask::Suspend.grant(&mut other, OpId::new()).unwrap();
     }
 
     fn op(kind: &str) -> Op {
