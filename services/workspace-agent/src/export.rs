@@ -10,7 +10,7 @@ use crate::{
 };
 use bothy_contract::{
     Code, Error, TicketId,
-    workspace::{ExportFormat, ExportReport, OpenExport},
+    workspace::{ExportFormat, ExportReport, Inner, InnerState, OpenExport},
 };
 use bothy_pack::MAX_PATCH;
 use bothy_tickets::FrameWriter;
@@ -21,6 +21,8 @@ use tokio_util::sync::CancellationToken;
 pub const SCRATCH: &str = "/var/tmp";
 
 const QUEUED: usize = 4;
+/// How many repositories inside the repository are passed on; the script gives as many.
+const NAMES: usize = 20;
 
 /// Sends the patch to `out`. The end frame is the caller's to send, with the report.
 ///
@@ -82,6 +84,10 @@ fn parse(told: &str) -> Result<ExportReport, Error> {
             "staged" => guest.staged = number()?,
             "unstaged" => guest.unstaged = number()?,
             "untracked" => guest.untracked = number()?,
+            "modules" => report.inner_count = number()?,
+            "module" if report.inner.len() < NAMES => {
+                report.inner.push(inner(value).ok_or_else(|| odd(line))?)
+            }
             "base" => guest.base = object()?,
             "head" if !value.is_empty() => guest.head = Some(object()?),
             "tracked" if !value.is_empty() => guest.tracked = Some(object()?),
@@ -92,6 +98,19 @@ fn parse(told: &str) -> Result<ExportReport, Error> {
         }
     }
     if report.guest.base.is_empty() { Err(odd(told)) } else { Ok(report) }
+}
+
+/// `<state> <path>`.
+fn inner(told: &str) -> Option<Inner> {
+    let (state, path) = told.split_once(' ')?;
+    let state = match state {
+        "changed" => InnerState::Changed,
+        "commits" => InnerState::Commits,
+        "gone" => InnerState::Gone,
+        "left" => InnerState::Left,
+        _ => return None,
+    };
+    Some(Inner { path: path.chars().map(|c| if c.is_control() { '?' } else { c }).collect(), state })
 }
 
 fn odd(told: &str) -> Error {

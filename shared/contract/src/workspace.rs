@@ -144,6 +144,39 @@ pub struct ExportReport {
     /// How the repository in the guest stands.
     #[serde(default)]
     pub guest: GuestStanding,
+    /// The first few submodules and other repositories inside it that are not as they were imported.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub inner: Vec<Inner>,
+    /// How many those are.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub inner_count: u64,
+}
+
+fn is_zero(n: &u64) -> bool {
+    *n == 0
+}
+
+/// A repository inside a repository of a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inner {
+    /// Below the repository, made fit for people; the end of a long one is cut.
+    pub path: String,
+    /// What became of it.
+    pub state: InnerState,
+}
+
+/// What became of a repository inside a repository of a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum InnerState {
+    /// Its files changed: a patch has that.
+    Changed,
+    /// It has another commit checked out than was imported: a patch has what that means for its files, but not the commit.
+    Commits,
+    /// It was imported, and there is no repository any longer. No patch says that.
+    Gone,
+    /// It was not imported: nothing of it comes out.
+    Left,
 }
 
 /// How a repository in a guest stands, as the guest tells it.

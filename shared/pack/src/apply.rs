@@ -8,7 +8,7 @@ use crate::{
 };
 use bothy_contract::{Code, Error};
 use std::{
-    collections::HashSet,
+    collections::{BTreeSet, HashSet},
     ffi::OsStr,
     io::{Seek, SeekFrom},
     os::unix::{ffi::OsStrExt, fs::MetadataExt},
@@ -39,8 +39,8 @@ impl Repository {
     ///
     /// # Errors
     /// Refuses what [`crate::inspect_patch`] refuses, names that lead through a symbolic link or into another repository of
-    /// the user's tree, names that are one on its file system, sizes that it could not hold, and, without `merge`, a tree with
-    /// changes of its own. Then, and where the patch does not fit, nothing was written.
+    /// the user's tree that is no submodule, names that are one on its file system, sizes that it could not hold, and, without `merge`,
+    /// a tree with changes of its own, or such a submodule. A merge does not reach into submodules. Then, and where the patch does not fit, nothing was written.
     pub fn apply(&self, patch: &mut fs_err::File, merge: bool) -> Result<Applied, Error> {
         let again = |e: std::io::Error| Error::internal("cannot read the patch again", &e);
         patch.seek(SeekFrom::Start(0)).map_err(again)?;
@@ -59,6 +59,16 @@ impl Repository {
             .hint("apply it on a file system that tells them apart"));
         }
         self.check_clean(merge)?;
+        for module in &way.entered {
+            if merge {
+                return Err(Error::invalid(format!(
+                    "the patch has files of the submodule {}, and a merge does not reach into submodules",
+                    module.display()
+                ))
+                .hint("apply it without `--3way`, or save it with `-o` and apply it in pieces: `git apply --3way --directory=... --include=...`"));
+            }
+            Self { root: module.clone() }.check_clean(false)?;
+        }
         let mut applied = Applied { patch: sum, ..Applied::default() };
         if sum.files == 0 {
             return Ok(applied);
@@ -253,11 +263,38 @@ struct Way {
     good: Vec<u8>,
     /// Symbolic links that the patch itself takes away, which git does before it makes anything.
     gone: HashSet<Vec<u8>>,
+    repository: Repository,
+    /// Where submodules are, once that was asked for.
+    submodules: Option<BTreeSet<PathBuf>>,
+    /// Those that the patch has files of, or of repositories within.
+    entered: BTreeSet<PathBuf>,
 }
 
 impl Way {
     fn new(repository: &Repository) -> Self {
-        Self { root: repository.root().to_owned(), good: Vec::new(), gone: HashSet::new() }
+        Self {
+            root: repository.root().to_owned(),
+            good: Vec::new(),
+            gone: HashSet::new(),
+            repository: repository.clone(),
+            submodules: None,
+            entered: BTreeSet::new(),
+        }
+    }
+
+    /// Whether `path` is one of the user's submodules.
+    fn enters(&mut self, path: &std::path::Path) -> Result<bool, Error> {
+        if self.entered.contains(path) {
+            return Ok(true);
+        }
+        if self.submodules.is_none() {
+            self.submodules = Some(self.repository.submodules()?.into_iter().collect());
+        }
+        let is_one = self.submodules.as_ref().is_some_and(|known| known.contains(path));
+        if is_one {
+            self.entered.insert(path.to_owned());
+        }
+        Ok(is_one)
     }
 
     fn check(&mut self, file: &Touched<'_>) -> Result<(), Error> {
@@ -295,7 +332,7 @@ impl Way {
                     return refuse(&format!("leads through the symbolic link {}", display(shown)));
                 }
                 Ok(m) if m.is_dir() => {
-                    if fs_err::symlink_metadata(path.join(".git")).is_ok() {
+                    if fs_err::symlink_metadata(path.join(".git")).is_ok() && !self.enters(&path)? {
                         return refuse(&format!("is inside another repository, {}", display(shown)));
                     }
                 }

@@ -13,6 +13,7 @@ mod git;
 mod history;
 mod lines;
 mod meta;
+mod modules;
 mod names;
 mod pack;
 mod packing;
@@ -51,6 +52,11 @@ pub mod entry {
     pub const UNTRACKED: &str = "untracked";
     /// The directory of all files, where no history goes.
     pub const FILES: &str = "files";
+    /// The directory of the submodules, each with its own [`MODULE`], [`HISTORY`] and so on in a directory of it: 1, 2 and so on.
+    pub const MODULES: &str = "modules";
+    /// What a submodule is, a fact a line: its path, head, object format, branch, `user.name` and `user.email`, the last three of
+    /// which may be empty.
+    pub const MODULE: &str = "module";
     /// The last entry, empty: without it a pack is not whole.
     pub const END: &str = "end";
 }

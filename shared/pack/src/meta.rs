@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use std::io::Read;
 
 /// The version of the format that this build writes and reads.
-pub const FORMAT: u32 = 3;
+pub const FORMAT: u32 = 4;
 
 /// The largest `meta.json`, in bytes.
 pub const META_MAX: u64 = 64 << 10;

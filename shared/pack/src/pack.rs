@@ -1,6 +1,6 @@
 //! Packing: a few runs of git, each into a private temporary file or a pipe, and one tar stream out.
 
-use crate::{Mode, Repository, entries::Entries, entry, git, names, packing::PART, patch};
+use crate::{Meta, Mode, Repository, entries::Entries, entry, git, modules, names, packing::PART, patch};
 use bothy_contract::{Code, Error};
 use std::{
     io::{BufRead, BufReader, Read, Seek, SeekFrom, Write},
@@ -8,7 +8,7 @@ use std::{
 };
 
 /// How many names of a kind are kept for the user.
-const SHOWN: usize = 5;
+pub(crate) const SHOWN: usize = 5;
 
 /// The longest file name that git's lists may hold, in bytes; PATH_MAX is 4096 (limits.h).
 const NAME_MAX: u64 = 64 << 10;
@@ -23,7 +23,8 @@ const DIFF: &[&str] = &[
     "--no-color",
     "--no-renames",
     "--no-relative",
-    "--ignore-submodules=all",
+    // Which commit a submodule is at, but not what is in it.
+    "--ignore-submodules=dirty",
     "--src-prefix=a/",
     "--dst-prefix=b/",
     "-U3",
@@ -58,7 +59,7 @@ pub struct Packed {
     pub name: String,
     /// Its size in bytes.
     pub bytes: u64,
-    /// `changed`, `deleted`, `untracked`, `ignored`, or `file` where no history goes.
+    /// `changed`, `deleted`, `untracked`, `ignored`, `submodule` (its history's bytes), or `file` where no history goes.
     pub kind: &'static str,
 }
 
@@ -89,12 +90,44 @@ pub struct PackSummary {
     pub warnings: Vec<String>,
 }
 
+/// What is to go, and what was found out about it.
+pub(crate) struct Plan {
+    pub(crate) meta: Meta,
+    /// The commit that is checked out; that of `meta` may be another.
+    checked_out: String,
+    summary: PackSummary,
+}
+
 impl Repository {
     /// Writes the repository as one stream: the format is in `docs/workspaces.md`. Memory does not grow with it.
     ///
     /// # Errors
     /// When git or `out` fails, or the repository moves on while it is packed. What was written then is no pack.
     pub fn pack(&self, options: &PackOptions, out: impl Write) -> Result<PackSummary, Error> {
+        let plan = self.plan(options)?;
+        let json = serde_json::to_vec_pretty(&plan.meta)
+            .map_err(|e| Error::internal("cannot write the meta data", &e))?;
+        let mut tar = Entries::new(out);
+        tar.put(entry::META, json.len() as u64, json.as_slice())?;
+        let mut summary = if options.mode == Mode::Copy {
+            let mut summary = plan.summary;
+            self.all_files(options, &mut tar, &mut summary)?;
+            self.untracked(options, entry::FILES, &mut tar, &mut summary)?;
+            summary
+        } else {
+            self.content(plan, options, "", &mut tar)?
+        };
+        if options.mode == Mode::Full {
+            let modules = modules::Packing::new(options, &mut tar, &mut summary);
+            modules.pack_all(self)?;
+        }
+        tar.put(entry::END, 0, std::io::empty())?;
+        summary.bytes = tar.finish()?;
+        Ok(summary)
+    }
+
+    /// Finds out what is to go, before anything is written.
+    pub(crate) fn plan(&self, options: &PackOptions) -> Result<Plan, Error> {
         let (mut meta, warnings) = self.meta()?;
         let checked_out = meta.head.clone();
         meta.mode = options.mode;
@@ -108,9 +141,8 @@ impl Repository {
         let head = meta.head.clone();
         let mut summary =
             PackSummary { warnings, head, branch: meta.branch.clone(), ..PackSummary::default() };
-        self.look_at_index(&mut summary)?;
-        let as_it_is = meta.head == checked_out;
-        if !as_it_is {
+        self.look_at_index(options.mode, &mut summary)?;
+        if meta.head != checked_out {
             if options.include_untracked || !options.include.is_empty() || options.mode == Mode::Copy {
                 return Err(Error::invalid("only commits can come from another revision")
                     .hint("leave out `--from`, or files that are not tracked and `--mode copy`"));
@@ -122,18 +154,19 @@ impl Repository {
                     .push(format!("changes stay here, since it begins elsewhere: {}", changed.join(", ")));
             }
         }
-        let json = serde_json::to_vec_pretty(&meta)
-            .map_err(|e| Error::internal("cannot write the meta data", &e))?;
-        if options.mode == Mode::Copy {
-            let mut tar = Entries::new(out);
-            tar.put(entry::META, json.len() as u64, json.as_slice())?;
-            self.all_files(options, &mut tar, &mut summary)?;
-            self.untracked(options, &mut tar, &mut summary)?;
-            tar.put(entry::END, 0, std::io::empty())?;
-            summary.bytes = tar.finish()?;
-            return Ok(summary);
-        }
+        Ok(Plan { meta, checked_out, summary })
+    }
 
+    /// Packs history, index and working tree as entries whose names begin with `prefix`.
+    pub(crate) fn content<W: Write>(
+        &self,
+        plan: Plan,
+        options: &PackOptions,
+        prefix: &str,
+        tar: &mut Entries<W>,
+    ) -> Result<PackSummary, Error> {
+        let Plan { meta, checked_out, mut summary } = plan;
+        let as_it_is = meta.head == checked_out;
         // Git packs meanwhile.
         let mut history = self.history(&summary.head, options.mode, options.part.unwrap_or(PART))?;
         let (staged, mut tracked) = if as_it_is {
@@ -149,34 +182,34 @@ impl Repository {
         let again = |e: std::io::Error| Error::internal("cannot read a temporary file again", &e);
         tracked.0.seek(SeekFrom::Start(0)).map_err(again)?;
 
-        let mut tar = Entries::new(out);
-        tar.put(entry::META, json.len() as u64, json.as_slice())?;
+        let named = |name: &str| format!("{prefix}{name}");
         let mut shallow = self.shallow()?.unwrap_or_default();
         for commit in &history.boundary {
             shallow.extend_from_slice(commit.as_bytes());
             shallow.push(b'\n');
         }
         if !shallow.is_empty() {
-            tar.put(entry::SHALLOW, shallow.len() as u64, shallow.as_slice())?;
+            tar.put(&named(entry::SHALLOW), shallow.len() as u64, shallow.as_slice())?;
         }
         if !history.refs.is_empty() {
-            tar.put(entry::REFS, history.refs.len() as u64, history.refs.as_slice())?;
+            tar.put(&named(entry::REFS), history.refs.len() as u64, history.refs.as_slice())?;
         }
         while let Some(part) = history.packs.next()? {
             summary.history_bytes += part.pack.1;
-            tar.put(&format!("{}/{}.pack", entry::HISTORY, part.name), part.pack.1, part.pack.0)?;
-            tar.put(&format!("{}/{}.idx", entry::HISTORY, part.name), part.index.1, part.index.0)?;
+            let name = format!("{prefix}{}/{}", entry::HISTORY, part.name);
+            tar.put(&format!("{name}.pack"), part.pack.1, part.pack.0)?;
+            tar.put(&format!("{name}.idx"), part.index.1, part.index.0)?;
         }
         if self.head()? != checked_out {
-            let moved =
-                Error::new(Code::FailedPrecondition, "the repository's HEAD moved while it was packed");
+            let moved = Error::new(
+                Code::FailedPrecondition,
+                format!("the HEAD of {} moved while it was packed", self.root().display()),
+            );
             return Err(Error { retryable: true, ..moved }.hint("run it again"));
         }
-        tar.put(entry::STAGED, staged.1, staged.0)?;
-        tar.put(entry::TRACKED, tracked.1, tracked.0)?;
-        self.untracked(options, &mut tar, &mut summary)?;
-        tar.put(entry::END, 0, std::io::empty())?;
-        summary.bytes = tar.finish()?;
+        tar.put(&named(entry::STAGED), staged.1, staged.0)?;
+        tar.put(&named(entry::TRACKED), tracked.1, tracked.0)?;
+        self.untracked(options, &named(entry::UNTRACKED), tar, &mut summary)?;
         Ok(summary)
     }
 
@@ -261,7 +294,7 @@ impl Repository {
     }
 
     /// Submodules and conflicts, from the index.
-    fn look_at_index(&self, summary: &mut PackSummary) -> Result<(), Error> {
+    fn look_at_index(&self, mode: Mode, summary: &mut PackSummary) -> Result<(), Error> {
         let (mut modules, mut conflicts) = (Names::default(), Names::default());
         let mut last = Vec::new();
         // `<mode> <object> <stage>\t<name>`, git-ls-files(1).
@@ -276,8 +309,15 @@ impl Repository {
             }
             Ok(())
         })?;
-        if modules.count > 0 {
-            summary.warnings.push(format!("submodules are left empty: {modules}"));
+        match mode {
+            // There it is told one by one.
+            Mode::Full => {}
+            _ if modules.count == 0 => {}
+            Mode::Shallow => {
+                let mend = "`--mode full` takes along those that are here";
+                summary.warnings.push(format!("submodules are left empty: {modules}; {mend}"));
+            }
+            _ => summary.warnings.push(format!("submodules are left empty: {modules}")),
         }
         if conflicts.count > 0 {
             summary.warnings.push(format!("unmerged files go as they are in the working tree: {conflicts}"));
@@ -289,11 +329,11 @@ impl Repository {
     fn untracked<W: Write>(
         &self,
         options: &PackOptions,
+        dir: &str,
         tar: &mut Entries<W>,
         summary: &mut PackSummary,
     ) -> Result<(), Error> {
         let (mut out, mut odd) = (Names::default(), Names::default());
-        let dir = if options.mode == Mode::Copy { entry::FILES } else { entry::UNTRACKED };
         let mut put = |name: &[u8], kind: &'static str, summary: &mut PackSummary| {
             // A directory in this list is a repository inside the repository.
             let bytes = if name.ends_with(b"/") { None } else { tar.put_file(self.root(), dir, name)? };
@@ -324,7 +364,7 @@ impl Repository {
             args.extend(patterns.iter().map(String::as_str));
             let before = summary.untracked_in;
             self.list(&args, |name| put(name, "ignored", summary))?;
-            if summary.untracked_in == before {
+            if summary.untracked_in == before && !dir.starts_with(entry::MODULES) {
                 let what = "no ignored file matches";
                 summary.warnings.push(format!("{what} {}", options.include.join(", ")));
             }
@@ -375,13 +415,13 @@ impl Repository {
 
 /// A count of names, and the first few of them.
 #[derive(Default)]
-struct Names {
-    count: u64,
+pub(crate) struct Names {
+    pub(crate) count: u64,
     first: Vec<String>,
 }
 
 impl Names {
-    fn add(&mut self, name: &[u8]) {
+    pub(crate) fn add(&mut self, name: &[u8]) {
         self.count += 1;
         if self.first.len() < SHOWN {
             self.first.push(names::display(name));

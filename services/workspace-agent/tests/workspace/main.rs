@@ -3,6 +3,7 @@
 
 mod edges;
 mod modes;
+mod modules;
 mod round_trip;
 mod service;
 mod support;
