@@ -17,11 +17,14 @@ use bothy_contract::{
 use bothy_pack::{Meta, Mode};
 use bothy_tickets::{Frame, FrameReader};
 use bytes::{Bytes, BytesMut};
+use std::time::Duration;
 use tokio::{io::AsyncRead, sync::mpsc, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 /// Chunks on their way to the guest; more would only be memory.
 const QUEUED: usize = 4;
+/// How long a guest may take to end unpacking what was cut short.
+const SETTLE: Duration = Duration::from_secs(5);
 /// How many names of conflicts are passed on; the script gives as many.
 const NAMES: usize = 20;
 
@@ -138,7 +141,14 @@ async fn build<G: Guest, R: AsyncRead + Unpin + Send>(
     tokio::pin!(put, feed);
     let mut unpacked = None;
     let fed = tokio::select! {
-        fed = &mut feed => fed?,
+        fed = &mut feed => match fed {
+            Ok(fed) => fed,
+            Err(e) => {
+                // What is on its way already is written first: behind a clean-up it would stay.
+                drop(timeout(SETTLE, &mut put).await);
+                return Err(e);
+            }
+        },
         done = &mut put => {
             // A reader of tar may stop at the archive's end, before the stream's.
             unpacked = Some(done?);
