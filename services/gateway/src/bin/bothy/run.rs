@@ -136,6 +136,7 @@ async fn save(context: &Context, vm: &VmRecord, args: &cli::Run, root: &Path) ->
     let dir = workspace::directory(&wanted)?;
     let what = workspace::Wanted { guest_path: &args.guest_path, ..workspace::Wanted::default() };
     let export = workspace::fetch(context, &vm.id.to_string(), what, &dir).await?;
+    export.note_inner(context, what.format);
     if export.report.bytes == 0 {
         context.printer.note(workspace::nothing_changed());
         return Ok(());

@@ -2,6 +2,7 @@
 //! from a guest, which is hostile: a patch is looked at whole before it gets the name that it is recommended under.
 
 mod export;
+mod inner;
 mod sending;
 mod status;
 mod sync;

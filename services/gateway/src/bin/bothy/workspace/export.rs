@@ -1,6 +1,7 @@
 //! What comes out of a machine, which is hostile: it is looked at whole before it gets the name that it is recommended under,
 //! or is applied.
 
+use super::inner;
 use crate::{
     Context, Status, cli,
     plain::Plain,
@@ -50,6 +51,7 @@ pub(crate) async fn main(context: &Context, args: cli::Export) -> Result<Status,
     let wanted =
         Wanted { guest_path: &args.guest_path, format: args.format.into(), base: args.base.as_deref() };
     let export = fetch(context, &vm.id.to_string(), wanted, &dir).await?;
+    export.note_inner(context, wanted.format);
     match (repository, args.output) {
         (Some(repository), Some(output)) => bundle(context, &repository, export, &output)?,
         (Some(repository), None) => return apply(context, &repository, &export, args.three_way),
@@ -186,6 +188,13 @@ impl Export {
             text.push_str(&format!(", {} made in the machine", plural(self.report.commits, "commit")));
         }
         text
+    }
+
+    /// Says what of repositories inside the repository it has not.
+    pub(crate) fn note_inner(&self, context: &Context, format: ExportFormat) {
+        for note in inner::notes(&self.report, format) {
+            context.printer.note(visible(&note));
+        }
     }
 
     /// The content, from its beginning.

@@ -1,6 +1,9 @@
 //! How a repository in a machine stands, and whether the one here has moved on since.
 
-use super::export::{Wanted, fetch};
+use super::{
+    export::{Wanted, fetch},
+    inner,
+};
 use crate::{Context, Status, bootstrap, printer::visible, vm};
 use bothy_contract::{
     Error,
@@ -30,6 +33,7 @@ pub(crate) async fn main(
         "guest_path": guest_path,
         "commits": report.commits,
         "guest": report.guest,
+        "inner": report.inner,
         "host": host.as_ref().ok(),
         "bootstrap": tools,
     });
@@ -77,6 +81,9 @@ fn guest(report: &ExportReport, name: &str, guest_path: &str) -> String {
     } else {
         facts.join(", ")
     });
+    if let Some(inner) = inner::standing(report) {
+        text.push_str(&format!("\ninside: {inner}"));
+    }
     text
 }
 
