@@ -8,11 +8,11 @@ use crate::{
 };
 use bothy_contract::{Code, Error};
 use std::{
-    collections::{BTreeSet, HashSet},
+    collections::HashSet,
     ffi::OsStr,
     io::{Seek, SeekFrom},
     os::unix::{ffi::OsStrExt, fs::MetadataExt},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
@@ -61,13 +61,13 @@ impl Repository {
         self.check_clean(merge)?;
         for module in &way.entered {
             if merge {
+                let shown = module.root().display();
                 return Err(Error::invalid(format!(
-                    "the patch has files of the submodule {}, and a merge does not reach into submodules",
-                    module.display()
+                    "the patch has files of the submodule {shown}, and a merge does not reach into submodules"
                 ))
-                .hint("apply it without `--3way`, or save it with `-o` and apply it in pieces: `git apply --3way --directory=... --include=...`"));
+                .hint("nothing was written; apply it without `--3way`, or export each by itself: `--guest-path` and `--repository` take the places of a submodule"));
             }
-            Self { root: module.clone() }.check_clean(false)?;
+            module.check_clean(false)?;
         }
         let mut applied = Applied { patch: sum, ..Applied::default() };
         if sum.files == 0 {
@@ -264,10 +264,10 @@ struct Way {
     /// Symbolic links that the patch itself takes away, which git does before it makes anything.
     gone: HashSet<Vec<u8>>,
     repository: Repository,
-    /// Where submodules are, once that was asked for.
-    submodules: Option<BTreeSet<PathBuf>>,
+    /// Submodules, once that was asked for.
+    submodules: Option<Vec<Repository>>,
     /// Those that the patch has files of, or of repositories within.
-    entered: BTreeSet<PathBuf>,
+    entered: Vec<Repository>,
 }
 
 impl Way {
@@ -278,23 +278,22 @@ impl Way {
             gone: HashSet::new(),
             repository: repository.clone(),
             submodules: None,
-            entered: BTreeSet::new(),
+            entered: Vec::new(),
         }
     }
 
     /// Whether `path` is one of the user's submodules.
-    fn enters(&mut self, path: &std::path::Path) -> Result<bool, Error> {
-        if self.entered.contains(path) {
+    fn enters(&mut self, path: &Path) -> Result<bool, Error> {
+        if self.entered.iter().any(|module| module.root() == path) {
             return Ok(true);
         }
-        if self.submodules.is_none() {
-            self.submodules = Some(self.repository.submodules()?.into_iter().collect());
-        }
-        let is_one = self.submodules.as_ref().is_some_and(|known| known.contains(path));
-        if is_one {
-            self.entered.insert(path.to_owned());
-        }
-        Ok(is_one)
+        let known = match &self.submodules {
+            Some(known) => known,
+            None => self.submodules.insert(self.repository.submodules()?),
+        };
+        let module = known.iter().find(|module| module.root() == path);
+        self.entered.extend(module.cloned());
+        Ok(module.is_some())
     }
 
     fn check(&mut self, file: &Touched<'_>) -> Result<(), Error> {

@@ -5,12 +5,7 @@ use crate::{
     Meta, PackOptions, PackSummary, Packed, Repository, entries::Entries, entry, git, names, pack::Names,
 };
 use bothy_contract::Error;
-use std::{
-    ffi::OsStr,
-    io::Write,
-    os::unix::ffi::OsStrExt,
-    path::{Path, PathBuf},
-};
+use std::{ffi::OsStr, io::Write, os::unix::ffi::OsStrExt};
 
 /// How deep submodules may be within one another, and how many there may be in all.
 const DEEPEST: usize = 16;
@@ -55,11 +50,11 @@ impl Repository {
             return None;
         }
         // A `.git` that is none would find the repository above.
-        Repository::open(&path).ok().filter(|found| same_place(found.root(), &path))
+        Repository::open(&path).ok().filter(|found| found.root() == path)
     }
 
-    /// Where submodules are checked out, also those within others, below this repository's root.
-    pub(crate) fn submodules(&self) -> Result<Vec<PathBuf>, Error> {
+    /// The submodules that are checked out, also those within others.
+    pub(crate) fn submodules(&self) -> Result<Vec<Repository>, Error> {
         let mut found = Vec::new();
         let mut next = vec![(self.clone(), 0)];
         while let Some((repository, depth)) = next.pop() {
@@ -68,17 +63,13 @@ impl Repository {
                     && depth < DEEPEST
                     && let Some(inner) = repository.submodule(&link)
                 {
-                    found.push(repository.root().join(OsStr::from_bytes(&link.path)));
+                    found.push(inner.clone());
                     next.push((inner, depth + 1));
                 }
             }
         }
         Ok(found)
     }
-}
-
-fn same_place(a: &Path, b: &Path) -> bool {
-    matches!((fs_err::canonicalize(a), fs_err::canonicalize(b)), (Ok(a), Ok(b)) if a == b)
 }
 
 /// Submodules on their way into a pack, behind the repository that they are of.
@@ -100,10 +91,9 @@ impl<'a, W: Write> Packing<'a, W> {
         Self { options, tar, summary, empty: Names::default(), packed: 0 }
     }
 
-    /// Packs the submodules of `repository`, and theirs.
-    pub(crate) fn pack_all(mut self, repository: &Repository) -> Result<(), Error> {
-        let from = self.options.from.as_ref().map(|_| self.summary.head.clone());
-        self.within(repository, from.as_deref(), b"", 0)?;
+    /// Packs the submodules of `repository`, and theirs: as they are, or as its commit `from` names them.
+    pub(crate) fn pack_all(mut self, repository: &Repository, from: Option<&str>) -> Result<(), Error> {
+        self.within(repository, from, b"", 0)?;
         if self.empty.count > 0 {
             let why = "they are not checked out here: `git submodule update --init --recursive`";
             self.summary.warnings.push(format!("submodules are left empty: {}; {why}", self.empty));
@@ -151,6 +141,8 @@ impl<'a, W: Write> Packing<'a, W> {
         };
         let mut plan = module.plan(&options).map_err(|e| e.context(format!("the submodule {shown}")))?;
         if from.is_some() {
+            // Also where that commit is checked out here.
+            plan.as_it_is = false;
             plan.meta.branch = None;
         }
         let prefix = format!("{}/{}/", entry::MODULES, self.packed);

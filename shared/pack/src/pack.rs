@@ -95,6 +95,8 @@ pub(crate) struct Plan {
     pub(crate) meta: Meta,
     /// The commit that is checked out; that of `meta` may be another.
     checked_out: String,
+    /// Whether what is not committed goes, too.
+    pub(crate) as_it_is: bool,
     summary: PackSummary,
 }
 
@@ -107,6 +109,7 @@ impl Repository {
         let plan = self.plan(options)?;
         let json = serde_json::to_vec_pretty(&plan.meta)
             .map_err(|e| Error::internal("cannot write the meta data", &e))?;
+        let elsewhere = (!plan.as_it_is).then(|| plan.meta.head.clone());
         let mut tar = Entries::new(out);
         tar.put(entry::META, json.len() as u64, json.as_slice())?;
         let mut summary = if options.mode == Mode::Copy {
@@ -119,7 +122,7 @@ impl Repository {
         };
         if options.mode == Mode::Full {
             let modules = modules::Packing::new(options, &mut tar, &mut summary);
-            modules.pack_all(self)?;
+            modules.pack_all(self, elsewhere.as_deref())?;
         }
         tar.put(entry::END, 0, std::io::empty())?;
         summary.bytes = tar.finish()?;
@@ -142,7 +145,8 @@ impl Repository {
         let mut summary =
             PackSummary { warnings, head, branch: meta.branch.clone(), ..PackSummary::default() };
         self.look_at_index(options.mode, &mut summary)?;
-        if meta.head != checked_out {
+        let as_it_is = meta.head == checked_out;
+        if !as_it_is {
             if options.include_untracked || !options.include.is_empty() || options.mode == Mode::Copy {
                 return Err(Error::invalid("only commits can come from another revision")
                     .hint("leave out `--from`, or files that are not tracked and `--mode copy`"));
@@ -154,7 +158,7 @@ impl Repository {
                     .push(format!("changes stay here, since it begins elsewhere: {}", changed.join(", ")));
             }
         }
-        Ok(Plan { meta, checked_out, summary })
+        Ok(Plan { meta, checked_out, as_it_is, summary })
     }
 
     /// Packs history, index and working tree as entries whose names begin with `prefix`.
@@ -165,8 +169,7 @@ impl Repository {
         prefix: &str,
         tar: &mut Entries<W>,
     ) -> Result<PackSummary, Error> {
-        let Plan { meta, checked_out, mut summary } = plan;
-        let as_it_is = meta.head == checked_out;
+        let Plan { checked_out, as_it_is, mut summary, .. } = plan;
         // Git packs meanwhile.
         let mut history = self.history(&summary.head, options.mode, options.part.unwrap_or(PART))?;
         let (staged, mut tracked) = if as_it_is {

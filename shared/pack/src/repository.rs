@@ -15,7 +15,7 @@ use std::{
 /// A git repository of the user's with a working tree and at least one commit.
 #[derive(Debug, Clone)]
 pub struct Repository {
-    pub(crate) root: PathBuf,
+    root: PathBuf,
 }
 
 impl Repository {

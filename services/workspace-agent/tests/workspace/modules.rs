@@ -219,6 +219,12 @@ async fn a_second_import_gives_up_no_work_in_them() {
         assert!(e.message.contains(why), "{why}: {e}");
         assert_untouched(&world.guest, &before);
     }
+    // A stream that ends in the middle of the last of them takes nothing away, also with force.
+    let whole = packed_as(&world.host, &FULL).0;
+    let cut = framed(&whole[..whole.len() - 2048], true).await;
+    let before = fingerprint(&world.guest);
+    import_with(&world.guest, &cut, true).await.unwrap_err();
+    assert_untouched(&world.guest, &before);
     import_with(&world.guest, &frames, true).await.unwrap();
     assert!(!world.guest.join("cloned").exists());
 }
@@ -231,9 +237,27 @@ async fn elsewhere_means_the_commits_that_are_named_there() {
     write(&lib, "a", "a second commit\n");
     git(&lib, &["commit", "-qam", "second"]);
     git(&world.host, &["commit", "-qam", "moves it"]);
+    // Nothing that is not committed comes from elsewhere, also where a submodule is at the commit that is named.
+    write(&world.host, "lib s/deep/er/a", "not committed\n");
     let from = PackOptions { from: Some("HEAD~1".into()), branch: Some("old".into()), ..FULL };
     world.import(&from).await;
     assert_eq!(git(&world.guest.join("lib s"), &["rev-parse", "HEAD"]), first);
     assert_eq!(git(&world.guest, &["status", "--porcelain"]), "");
     assert_eq!(world.export().await, (Vec::new(), Vec::new()));
+}
+
+#[tokio::test]
+async fn one_of_them_is_exported_by_itself_with_its_commits() {
+    let world = World::new();
+    world.import(&FULL).await;
+    let (lib, here) = (world.guest.join("lib s"), world.host.join("lib s"));
+    write(&lib, "a", "the guest's\n");
+    git(&lib, &["commit", "-qam", "in the guest"]);
+    let (bundle, report) = export_as(&lib, &world.scratch, ExportFormat::Bundle, None).await.unwrap();
+    assert_eq!(report.commits, 1);
+    let file = world.scratch.join("bundle");
+    fs_err::write(&file, bundle).unwrap();
+    let checked =
+        Repository::open(&here).unwrap().check_bundle(&mut fs_err::File::open(&file).unwrap()).unwrap();
+    assert_eq!((checked.head, checked.commits), (git(&lib, &["rev-parse", "HEAD"]), 1));
 }

@@ -4,63 +4,63 @@ use bothy_contract::workspace::{ExportFormat, ExportReport, InnerState};
 
 /// What the user should know of an export of `format`, a line each.
 pub(crate) fn notes(report: &ExportReport, format: ExportFormat) -> Vec<String> {
+    use InnerState::{Changed, Commits, Gone, Left};
+    let by_itself =
+        "`--guest-path` and `--repository` of one export it by itself, with `--format bundle` its commits";
+    let kinds: [(&str, &[InnerState], Option<&str>); 3] = [
+        match format {
+            ExportFormat::Bundle => {
+                ("submodules with work that this bundle has not", &[Changed, Commits], Some(by_itself))
+            }
+            _ => (
+                "submodules at another commit there, of which the patch has the files",
+                &[Commits],
+                Some(by_itself),
+            ),
+        },
+        ("warning: submodules that are gone there, which a patch cannot say", &[Gone], None),
+        (
+            "warning: repositories that were not imported, and stay there",
+            &[Left],
+            Some("copy what you need: `bothy vm exec MACHINE -- tar -c -C PATH . | tar -x`"),
+        ),
+    ];
     let mut notes = Vec::new();
-    let mut note = |state, one: &str, many: &str, what: &str| {
-        let names = names(report, state);
-        if let Some((first, rest)) = names.split_first() {
-            let subject = if rest.is_empty() {
-                format!("{one} {first} is")
-            } else {
-                format!("{many} {} are", names.join(", "))
-            };
-            notes.push(format!("{subject} {what}"));
+    for (what, states, hint) in kinds {
+        let of = report.inner.iter().filter(|inner| states.contains(&inner.state));
+        let names: Vec<_> = of.map(|inner| inner.path.as_str()).collect();
+        if names.is_empty() {
+            continue;
         }
-    };
-    match format {
-        ExportFormat::Bundle => {
-            let what = "not as imported, and a bundle has nothing of that; a patch has the files";
-            note(InnerState::Changed, "the submodule", "the submodules", what);
-            note(InnerState::Commits, "the submodule", "the submodules", what);
-        }
-        _ => {
-            let what =
-                "at another commit in the machine: a patch has the files as they are there, the commits stay";
-            note(InnerState::Commits, "the submodule", "the submodules", &format!("now {what}"));
-        }
+        notes.push(format!("{what}: {}", names.join(", ")));
+        notes.extend(hint.map(|hint| format!("  hint: {hint}")));
     }
-    let what = "gone from the machine, which a patch cannot say";
-    note(InnerState::Gone, "warning: the submodule", "warning: the submodules", what);
-    let what = "not imported, and what is in there stays in the machine";
-    note(InnerState::Left, "warning: the repository", "warning: the repositories", what);
-    let more = report.inner_count.saturating_sub(report.inner.len() as u64);
-    if more > 0 {
-        notes.push(format!("warning: {more} more repositories inside it are not as they were imported"));
+    if more(report) > 0 {
+        notes.push(format!(
+            "warning: {} more repositories inside it are not as they were imported",
+            more(report)
+        ));
     }
     notes
 }
 
-fn names(report: &ExportReport, state: InnerState) -> Vec<&str> {
-    report.inner.iter().filter(|inner| inner.state == state).map(|inner| inner.path.as_str()).collect()
-}
-
 /// How they stand, as one line; none where all are as they were imported.
 pub(crate) fn standing(report: &ExportReport) -> Option<String> {
-    let mut facts: Vec<_> = report
-        .inner
-        .iter()
-        .map(|inner| {
-            let state = match inner.state {
-                InnerState::Changed => "changed",
-                InnerState::Commits => "at another commit",
-                InnerState::Gone => "gone",
-                InnerState::Left => "not imported",
-            };
-            format!("{} {state}", inner.path)
-        })
-        .collect();
-    let more = report.inner_count.saturating_sub(report.inner.len() as u64);
-    if more > 0 {
-        facts.push(format!("and {more} more"));
+    let state = |state| match state {
+        InnerState::Changed => "changed",
+        InnerState::Commits => "at another commit",
+        InnerState::Gone => "gone",
+        InnerState::Left => "not imported",
+    };
+    let mut facts: Vec<_> =
+        report.inner.iter().map(|inner| format!("{} {}", inner.path, state(inner.state))).collect();
+    if more(report) > 0 {
+        facts.push(format!("and {} more", more(report)));
     }
     (!facts.is_empty()).then(|| facts.join(", "))
+}
+
+/// How many are not named.
+fn more(report: &ExportReport) -> u64 {
+    report.inner_count.saturating_sub(report.inner.len() as u64)
 }

@@ -34,6 +34,7 @@ pub(crate) async fn main(
         "commits": report.commits,
         "guest": report.guest,
         "inner": report.inner,
+        "inner_count": report.inner_count,
         "host": host.as_ref().ok(),
         "bootstrap": tools,
     });
