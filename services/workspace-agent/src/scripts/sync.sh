@@ -57,6 +57,14 @@ if [ -s "$work/added" ]; then
     present "$work/added" | g update-index -z --add --replace --stdin
     tree=$(g write-tree)
 fi
+# Which commit a submodule is at is neither brought in nor taken out, so it is no change of ours: to merge it would make conflicts
+# that nobody could settle, since the working tree of a submodule stays as it is.
+g diff-tree -r --raw -z --no-renames "$import" "$tree" |
+    sed -z -n '/^:160000 160000 /{N;s/^:160000 160000 \([0-9a-f]*\) [^\x00]*\x00/160000 \1\t/;p}' >"$work/gitlinks"
+if [ -s "$work/gitlinks" ]; then
+    g update-index -z --index-info <"$work/gitlinks"
+    tree=$(g write-tree)
+fi
 ours=$tree
 
 # The import with the changes of their tracked files. Only a file that was imported untracked and is tracked by now can be in the way.
@@ -87,6 +95,6 @@ export GIT_AUTHOR_NAME=bothy GIT_AUTHOR_EMAIL=bothy@localhost GIT_AUTHOR_DATE='@
 export GIT_COMMITTER_NAME=bothy GIT_COMMITTER_EMAIL=bothy@localhost GIT_COMMITTER_DATE='@0 +0000'
 commit=$(own commit-tree -p "$base" -m 'the working tree as it was imported, with what came since' "$theirs")
 printf 'update %s %s\n' refs/bothy/import "$commit" refs/bothy/tracked "$theirs_tracked" | r update-ref --stdin
-echo "changed=$(g diff-tree -r -z --no-renames --name-only "$ours" "$merged" | tr -cd '\0' | wc -c)"
+echo "changed=$(g diff-tree -r -z --no-renames --name-only --ignore-submodules=all "$ours" "$merged" | tr -cd '\0' | wc -c)"
 echo "conflicts=$conflicts"
 head -z -n 20 <"$work/conflicts" | tr '\n\0' '?\n' | sed 's/^/conflict=/'

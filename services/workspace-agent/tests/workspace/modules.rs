@@ -261,3 +261,26 @@ async fn one_of_them_is_exported_by_itself_with_its_commits() {
         Repository::open(&here).unwrap().check_bundle(&mut fs_err::File::open(&file).unwrap()).unwrap();
     assert_eq!((checked.head, checked.commits), (git(&lib, &["rev-parse", "HEAD"]), 1));
 }
+
+#[tokio::test]
+async fn one_that_moves_on_here_is_no_conflict_with_the_one_there() {
+    let world = World::new();
+    world.import(&FULL).await;
+    let lib = world.guest.join("lib s");
+    write(&lib, "a", "the guest's\n");
+    git(&lib, &["commit", "-qam", "in the guest"]);
+    let before = fingerprint(&lib);
+    for n in ["one", "two"] {
+        write(&world.host, "lib s/b", n);
+        git(&world.host.join("lib s"), &["commit", "-qam", n]);
+        write(&world.host, "a", n);
+        let report = sync_repo(&world.host, &world.guest, &world.scratch, false).await.unwrap();
+        assert_eq!((report.changed, report.names), (1, Vec::new()), "{n}");
+        let report = sync_repo(&world.host, &world.guest, &world.scratch, false).await.unwrap();
+        assert_eq!((report.changed, report.conflicts), (0, 0), "{n}");
+    }
+    assert_untouched(&lib, &before);
+    let (patch, told) = world.export().await;
+    assert!(patch.starts_with(b"diff --git a/lib s/a"), "{}", String::from_utf8_lossy(&patch));
+    assert_eq!(told, [inner("lib s", InnerState::Commits)]);
+}

@@ -2,7 +2,7 @@
 
 use bothy_contract::{
     Error, VmId,
-    workspace::{ExportFormat, ExportReport, ImportReport, OpenExport, OpenImport},
+    workspace::{ExportFormat, ExportReport, ImportReport, OpenExport, OpenImport, SyncReport},
 };
 use bothy_guest_proto::v1::File;
 use bothy_pack::{PackOptions, PackSummary, Repository};
@@ -169,6 +169,25 @@ pub(crate) async fn export_as(
     }
     assert_eq!(patch.len() as u64, report.bytes);
     Ok((patch, report))
+}
+
+/// Brings the tracked files of `host` into the guest, as the CLI does.
+pub(crate) async fn sync_repo(
+    host: &Path,
+    guest: &Path,
+    scratch: &Path,
+    force: bool,
+) -> Result<SyncReport, Error> {
+    let standing = export_as(guest, scratch, ExportFormat::Status, None).await?.1.guest;
+    let repository = Repository::open(host)?;
+    let Some(sync) = repository.sync(&repository.tracked()?, &standing.base, standing.tracked.as_deref())?
+    else {
+        return Ok(SyncReport::default());
+    };
+    let mut pack = Vec::new();
+    sync.write(&mut pack)?;
+    let report = import_with(guest, &framed(&pack, true).await, force).await?;
+    Ok(report.sync.unwrap())
 }
 
 /// A git of ours, free of the configuration of whoever runs the tests.

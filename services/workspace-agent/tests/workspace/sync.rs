@@ -1,13 +1,10 @@
 //! What changed on the user's side since the import, into the guest's working tree: both sides are at work in all of these.
 
 use crate::support::{
-    TOOLS, assert_untouched, export_as, export_repo, fingerprint, framed, git, import_repo, import_with,
+    TOOLS, assert_untouched, export_repo, fingerprint, framed, git, import_repo, import_with, sync_repo,
     tree_of,
 };
-use bothy_contract::{
-    Code, Error,
-    workspace::{ExportFormat, SyncReport},
-};
+use bothy_contract::{Code, Error, workspace::SyncReport};
 use bothy_pack::Repository;
 use std::{
     os::unix::fs::{PermissionsExt, symlink},
@@ -49,17 +46,7 @@ impl Sides {
     }
 
     async fn sync(&self, force: bool) -> Result<SyncReport, Error> {
-        let standing = export_as(&self.guest, self.tmp.path(), ExportFormat::Status, None).await?.1.guest;
-        let repository = Repository::open(&self.host)?;
-        let Some(sync) =
-            repository.sync(&repository.tracked()?, &standing.base, standing.tracked.as_deref())?
-        else {
-            return Ok(SyncReport::default());
-        };
-        let mut pack = Vec::new();
-        sync.write(&mut pack)?;
-        let report = import_with(&self.guest, &framed(&pack, true).await, force).await?;
-        Ok(report.sync.unwrap())
+        sync_repo(&self.host, &self.guest, self.tmp.path(), force).await
     }
 
     /// What an export would bring back.
