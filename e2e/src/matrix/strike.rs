@@ -85,7 +85,7 @@ impl Break {
             Break::BadKey => "an ssh public key is damaged",
             Break::DeadPort => "nobody",
             Break::DiskFull => "No space left",
-            Break::TooSlow => "took longer than",
+            Break::TooSlow => "s; its VMM has used",
         }
     }
 }

@@ -18,9 +18,12 @@ use bothy_guest_proto::{
         QuiesceRequest, ShutdownRequest, SyncRequest, TimelineRequest, WaitServiceRequest,
     },
 };
-use bothy_vm_agent::vmm::{
-    holder::Holder,
-    wire::{self, HolderHandle},
+use bothy_vm_agent::{
+    host::usage::ProcessUsage,
+    vmm::{
+        holder::Holder,
+        wire::{self, HolderHandle},
+    },
 };
 use std::{
     net::IpAddr,
@@ -80,7 +83,8 @@ impl Guest {
             }
         };
         let Ok(done) = done else {
-            let message = format!("{what} took longer than {} s{}", limit.as_secs(), self.last_words());
+            let message =
+                format!("{what} took longer than {} s{}{}", limit.as_secs(), self.busy(), self.last_words());
             return Err(Error::new(Code::DeadlineExceeded, message).hint(
                 "see `bothy vm logs`; slow hosts may need a higher `vm.boot_timeout_s` in bothy.toml",
             ));
@@ -96,6 +100,15 @@ impl Guest {
     fn ended_during(&self, what: &str) -> Error {
         let message = format!("the VMM ended during {what}{}", self.last_words());
         Error::new(Code::StageFailed, message).hint("`bothy vm logs` shows all it said")
+    }
+
+    /// What its VMM has computed, for an error's message: a guest that hangs idle and one that is only slow look the same
+    /// on the console.
+    pub(super) fn busy(&self) -> String {
+        ProcessUsage::read(self.handle.vmm).map_or_else(String::new, |usage| {
+            let (cpu, uptime) = (usage.cpu.as_secs_f64(), usage.uptime.as_secs_f64());
+            format!("; its VMM has used {cpu:.1} s of processor time in {uptime:.1} s")
+        })
     }
 
     /// The end of the console, for an error's message.
