@@ -1,11 +1,45 @@
 //! VMs outlive agents, operations outlive everything, and nothing leaks on the way.
 
 use bothy_contract::Service;
-use bothy_e2e::host::Host;
+use bothy_e2e::host::{Host, QUICK};
 use bothy_testkit::require_root;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
+
+/// A QEMU whose guests do not begin to run.
+const HANGS: &str = r#"#!/bin/sh
+case "$1" in --version) ;; *) set -- "$@" -S ;; esac
+exec qemu-system-x86_64 "$@"
+"#;
+
+#[test]
+fn a_guest_that_hangs_on_its_way_up_is_booted_once_more() {
+    require_root!();
+    let dir = tempfile::tempdir().unwrap();
+    fs_err::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
+    let qemu = dir.path().join("qemu");
+    fs_err::write(&qemu, HANGS).unwrap();
+    fs_err::set_permissions(&qemu, Permissions::from_mode(0o755)).unwrap();
+    let host = Host::start_quick(|config| {
+        config.vm.qemu = qemu;
+        config.vm.boot_timeout_s = 60;
+    });
+    let created = host.bothy(["vm", "create", "--image", QUICK, "--name", "stuck", "--cold"]);
+    let told = created.ok().stderr;
+    assert!(told.contains("; it had not come up and was reset; its VMM has used"), "{told}");
+    let boots = host.bothy(["vm", "exec", "stuck", "--", "true"]).status;
+    assert_eq!(boots, 0);
+
+    // A guest that powers itself off is gone as ever: its reset is not left allowed.
+    host.bothy(["vm", "exec", "stuck", "--", "sh", "-c", "echo b > /proc/sysrq-trigger"]);
+    eventually(&host, "a guest's own reset ends it", || {
+        (host.show("stuck")["state"] != "running").then_some(())
+    });
+    host.bothy(["vm", "delete", "stuck", "--force"]).ok();
+}
 
 /// Tries `f` until it gives something, for up to a minute and a half.
 #[track_caller]

@@ -119,7 +119,8 @@ pub struct Vm {
     pub accelerator: Accelerator,
     /// The user id of slot 0's VMM; slot n runs as `uid_base + n`. The range must belong to nobody else.
     pub uid_base: u32,
-    /// How long a guest may take from launch to its agent's first answer, in seconds.
+    /// How long a guest may take from launch to its agent's first answer, in seconds. One that has not answered after half of
+    /// it is reset, once: give at least twice what a boot takes.
     pub boot_timeout_s: u32,
     /// How many VMs one user may have, running or not; root may have any number.
     pub max_per_user: u32,

@@ -37,6 +37,7 @@ use bothy_vm_agent::vmm::{
 };
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, SystemTime};
+use tokio::time::timeout;
 
 /// How long the guest may take to become what it is told to be.
 pub(super) const PERSONALISE: Duration = Duration::from_secs(120);
@@ -249,14 +250,46 @@ pub(super) async fn wait_guest(
 ) -> Result<(), Error> {
     let guest = guest(&agent, vm, &lease, handle);
     let limit = Duration::from_secs(agent.config.vm.boot_timeout_s.into());
-    let answer = async { Ok(guest.first_answer().await) };
-    let health = cx.unless_stopped(guest.alive_within("the guest's boot", limit, answer)).await?;
+    let answer = async {
+        if let Ok(health) = timeout(limit / 2, guest.first_answer()).await {
+            return Ok((health, String::new()));
+        }
+        let reset = boot_anew(&agent, vm, &guest).await;
+        Ok((guest.first_answer().await, reset))
+    };
+    let (health, reset) = cx.unless_stopped(guest.alive_within("the guest's boot", limit, answer)).await?;
     cx.note(format!(
-        "agent {} answers",
+        "agent {} answers{reset}",
         health.version.chars().filter(|c| !c.is_control()).take(40).collect::<String>()
     ));
     let boot_id = plain_id(&health.boot_id);
     agent.note_boot_id(vm, boot_id).await
+}
+
+/// Lets a guest that does not come up boot once more. An emulated kernel hangs now and then on its way up, one boot of some
+/// hundreds, and then never goes on. What is to be said of it in the stage's note.
+async fn boot_anew(agent: &Agent, vm: VmId, guest: &Guest) -> String {
+    // Before it: this is of the boot that hangs.
+    let busy = guest.busy();
+    let reset = async {
+        let Some(live) = agent.living(vm).await? else { return Ok(false) };
+        let verbs = live.driver()?.reset();
+        for verb in &verbs {
+            live.place.holder(&agent.config, vm).perform(verb).await?;
+        }
+        Ok::<_, Error>(!verbs.is_empty())
+    };
+    match reset.await {
+        Ok(true) => {
+            tracing::warn!(bothy.vm.id = %vm, "the guest did not come up and was reset{busy}");
+            format!("; it had not come up and was reset{busy}")
+        }
+        Ok(false) => String::new(),
+        Err(error) => {
+            tracing::warn!(bothy.vm.id = %vm, %error, "the guest did not come up and could not be reset");
+            String::new()
+        }
+    }
 }
 
 pub(super) async fn sync_identity(

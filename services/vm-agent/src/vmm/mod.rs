@@ -165,6 +165,9 @@ pub trait Driver: Send + Sync + std::fmt::Debug {
     /// Lets them go on. Doing it twice is doing it once. Where the file of a disk has another size than when the guest was
     /// saved, [`Driver::resize_disk`] tells the guest, once this is done.
     fn resume(&self) -> Verb;
+    /// Lets the guest boot from its beginning, whatever it is at, paused or not: to be carried out in this order, one after
+    /// the other. None where the VMM cannot.
+    fn reset(&self) -> Vec<Verb>;
     /// Tells a running guest that the file of its disk `serial` has `bytes` bytes now, which it must have already. Its disk
     /// only grows.
     fn resize_disk(&self, serial: &str, bytes: u64) -> Verb;

@@ -280,6 +280,14 @@ impl Driver for QemuMicrovm {
         Verb::Qmp(json!({ "execute": "cont" }))
     }
 
+    /// `-no-reboot` would make an end of it, so that is lifted meanwhile.
+    fn reset(&self) -> Vec<Verb> {
+        let on_reboot = |action: &str| json!({ "execute": "set-action", "arguments": { "reboot": action } });
+        let reset = json!({ "execute": "system_reset" });
+        let resume = json!({ "execute": "cont" });
+        [on_reboot("reset"), reset, resume, on_reboot("shutdown")].map(Verb::Qmp).into()
+    }
+
     fn resize_disk(&self, serial: &str, bytes: u64) -> Verb {
         Verb::Qmp(json!({ "execute": "block_resize", "arguments": { "device": serial, "size": bytes } }))
     }

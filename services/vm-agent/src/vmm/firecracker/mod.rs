@@ -418,6 +418,11 @@ impl Driver for Firecracker {
         Verb::Api(Request::vm(VmState::Resumed))
     }
 
+    /// To Firecracker a reset is the machine's end.
+    fn reset(&self) -> Vec<Verb> {
+        Vec::new()
+    }
+
     /// Firecracker takes the size from the file.
     fn resize_disk(&self, serial: &str, _bytes: u64) -> Verb {
         Verb::Api(Request::redrive(&DrivePatch {
